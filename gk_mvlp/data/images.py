@@ -57,8 +57,9 @@ def _dicom_to_grey(ds: pydicom.Dataset) -> np.ndarray:
     elif ds.get('WindowCenter') is not None and ds.get('WindowWidth') is not None:
         bits, signed = int(ds.BitsStored), int(ds.PixelRepresentation)
         ends = np.array([-2 ** (bits - 1), 2 ** (bits - 1) - 1] if signed else [0, 2 ** bits - 1])
-        low, high = sorted(float(v) for v in apply_modality_lut(ends, ds)) if not ds.get('ModalityLUTSequence') else (0, 2 ** int(ds.ModalityLUTSequence[0].LUTDescriptor[2]) - 1)
-        y = _to_8bit(apply_windowing(x, ds, index=0), low, high)
+        low, high = (0, 2 ** int(ds.ModalityLUTSequence[0].LUTDescriptor[2]) - 1) if ds.get('ModalityLUTSequence') else map(float, apply_modality_lut(ends, ds))
+        v, sign = apply_windowing(x, ds, index=0), 1 if high > low else -1      # a negative slope turns pydicom's output range round
+        y = _to_8bit(sign * v, sign * low, sign * high)
     elif raw.dtype == np.uint8 and x.dtype == np.uint8: y = x
     else:
         seen = x[raw != ds.PixelPaddingValue] if ds.get('PixelPaddingValue') is not None else x

@@ -30,7 +30,8 @@ def itc_loss(image: Tensor, # [B, d], unit length
     all_image, all_text, all_key = gather_with_grad(image.float()), gather_with_grad(text.float()), gather_with_grad(report_key)
     target = (report_key[:, None] == all_key[None]).float()
     target = target / target.sum(1, keepdim=True)
-    i2t, t2i = logit_scale.float() * image.float() @ all_text.T, logit_scale.float() * text.float() @ all_image.T
+    with torch.autocast(image.device.type, enabled=False):       # autocast would multiply in bfloat16
+        i2t, t2i = logit_scale.float() * image.float() @ all_text.T, logit_scale.float() * text.float() @ all_image.T
     return (F.cross_entropy(i2t, target) + F.cross_entropy(t2i, target)) / 2, i2t.detach()
 
 # %% ../../nbs/models/24_losses.ipynb #a6a67ecc

@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -101,9 +102,9 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     if not groups: raise GKError(f'{type(model).__name__} has no trainable parameter', 'Unfreeze some of it before training.')
     return [{'params': ps, 'lr': config.lr * scale, 'weight_decay': config.weight_decay * decay} for (scale, decay), ps in groups.items()]
 
-# %% ../../nbs/training/31_trainer.ipynb #a0f3040c
-class Trainer:
-    "Trains `model`; see `fit`. Runs on a CPU or one GPU; several processes through accelerate (written for, not tested with, more than one)."
+# %% ../../nbs/training/31_trainer.ipynb #c31f8543
+class _State:
+    "What was given, and where the run stands."
     def __init__(self, model: nn.Module,
                  loss_fn: Callable[[nn.Module, dict], dict[str, Tensor]], # scalars; 'loss' is minimised (the mean over the batch), the others logged
                  train_set: Dataset, # map-style; may have `__getitems__(indices) -> dict of tensors` and `set_epoch(epoch)`
@@ -123,6 +124,9 @@ class Trainer:
         self.steps_per_epoch = len(epoch_steps(len(train_set), config, 0))
         if not self.steps_per_epoch: raise GKError(f'drop_last leaves no step: {len(train_set)} samples for {config.batch_size * config.accumulation} a step', 'Lower batch_size.')
         self.total_steps = self.steps_per_epoch * config.epochs
+        self._rewind()
+
+    def _rewind(self) -> None:
         self.epoch = self.step = self.bad_evaluations = 0
         self.best, self.best_epoch, self.done = None, None, False
         self.sums, self.history = {}, []
@@ -134,201 +138,200 @@ class Trainer:
     @property
     def best_path(self) -> Path | None: "The best weights so far."; return self.run_dir/f'best-{self.best_epoch}.ckpt' if self.best_epoch is not None else None
 
-# %% ../../nbs/training/31_trainer.ipynb #b46d9289
-from fastcore.basics import patch
+# %% ../../nbs/training/31_trainer.ipynb #62dda894
+class _Setup(_State):
+    "Device, optimizer, schedule, precision."
+    def _setup(self) -> None:
+        c, world = self.config, Accelerator(mixed_precision='no')
+        if c.precision == 'fp16' and world.device.type == 'cpu': raise GKError("precision 'fp16' needs a GPU", "Use 'bf16' or 'no' on a CPU.")
+        self.acc, self.device = world, world.device
+        self.model.to(self.device)
+        self.opt = torch.optim.AdamW(parameter_groups(self.model, c), lr=c.lr)
+        self.schedule = get_cosine_schedule_with_warmup(self.opt, round(c.warmup_ratio * self.total_steps), self.total_steps)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.precision == 'fp16')
+        self.wrapped = self.acc.prepare_model(self.model)
+        self.dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(c.precision)
 
-# %% ../../nbs/training/31_trainer.ipynb #13ed754d
-@patch
-def _setup(self: Trainer) -> None:
-    c, world = self.config, Accelerator(mixed_precision='no')
-    if c.precision == 'fp16' and world.device.type == 'cpu': raise GKError("precision 'fp16' needs a GPU", "Use 'bf16' or 'no' on a CPU.")
-    self.acc, self.device = world, world.device
-    self.model.to(self.device)
-    self.opt = torch.optim.AdamW(parameter_groups(self.model, c), lr=c.lr)
-    self.schedule = get_cosine_schedule_with_warmup(self.opt, round(c.warmup_ratio * self.total_steps), self.total_steps)
-    self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.precision == 'fp16')
-    self.wrapped = self.acc.prepare_model(self.model)
-    self.dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(c.precision)
+    def _autocast(self): return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
-@patch
-def _autocast(self: Trainer): return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+    def _say(self, text: str) -> None:
+        if not self.quiet and self.acc.is_main_process: print(text, flush=True)
 
-@patch
-def _say(self: Trainer, text: str) -> None:
-    if not self.quiet and self.acc.is_main_process: print(text, flush=True)
+# %% ../../nbs/training/31_trainer.ipynb #17178eb6
+class _Saving(_Setup):
+    "Writes last.ckpt."
+    def _identity(self) -> dict:
+        "What must be equal for a checkpoint to belong to this run."
+        config = {k: v for k, v in asdict(self.config).items() if k not in ('checkpoint_every', 'num_workers')}
+        return {**config, 'samples': len(self.data), 'monitor': self.monitor, 'sign': self.sign, 'processes': self.acc.num_processes,
+                'parameters': {n: list(p.shape) for n, p in self.model.state_dict().items()},
+                'trainable': [n for n, p in self.model.named_parameters() if p.requires_grad]}
 
-# %% ../../nbs/training/31_trainer.ipynb #72af2a43
-@patch
-def _identity(self: Trainer) -> dict:
-    "What must be equal for a checkpoint to belong to this run."
-    config = {k: v for k, v in asdict(self.config).items() if k not in ('checkpoint_every', 'num_workers')}
-    return {**config, 'samples': len(self.data), 'monitor': self.monitor, 'sign': self.sign, 'processes': self.acc.num_processes,
-            'parameters': {n: list(p.shape) for n, p in self.model.state_dict().items()},
-            'trainable': [n for n, p in self.model.named_parameters() if p.requires_grad]}
+    def _save(self) -> None:
+        states = gather_object([rng_state()])             # one per process
+        if self.acc.is_main_process:
+            save_checkpoint(self.last_path, {
+                'identity': self._identity(), 'model': self.model.state_dict(), 'optimizer': self.opt.state_dict(), 'schedule': self.schedule.state_dict(),
+                'scaler': self.scaler.state_dict(), 'rng': states, 'epoch': self.epoch, 'step': self.step, 'sums': self.sums, 'history': self.history,
+                'best': self.best, 'best_epoch': self.best_epoch, 'bad_evaluations': self.bad_evaluations, 'done': self.done})
+            for old in self.run_dir.glob('best-*.ckpt'):
+                if old != self.best_path: old.unlink()
+        self.acc.wait_for_everyone()
 
-@patch
-def _save(self: Trainer) -> None:
-    states = gather_object([rng_state()])             # one per process
-    if self.acc.is_main_process:
-        save_checkpoint(self.last_path, {
-            'identity': self._identity(), 'model': self.model.state_dict(), 'optimizer': self.opt.state_dict(), 'schedule': self.schedule.state_dict(),
-            'scaler': self.scaler.state_dict(), 'rng': states, 'epoch': self.epoch, 'step': self.step, 'sums': self.sums, 'history': self.history,
-            'best': self.best, 'best_epoch': self.best_epoch, 'bad_evaluations': self.bad_evaluations, 'done': self.done})
-        for old in self.run_dir.glob('best-*.ckpt'):
-            if old != self.best_path: old.unlink()
-    self.acc.wait_for_everyone()
+# %% ../../nbs/training/31_trainer.ipynb #8d89e0ac
+class _Resuming(_Saving):
+    "Reads last.ckpt."
+    def _resume(self) -> dict | None:
+        "Take over last.ckpt, if there is one; returns it."
+        if not self.last_path.exists(): return None
+        ck = load_checkpoint(self.last_path)
+        if 'identity' not in ck: raise GKError(f'{self.last_path}: not a checkpoint of this trainer', 'Delete it or use another run folder.')
+        old, new = ck['identity'], self._identity()
+        for k in new:
+            if old.get(k) == new[k]: continue
+            was, now = old.get(k), new[k]
+            if isinstance(was, dict) and isinstance(now, dict):
+                n = sorted(n for n in was.keys() | now.keys() if was.get(n) != now.get(n))[0]
+                k, was, now = f'{k} {n!r}', was.get(n), now.get(n)
+            elif isinstance(was, list) and isinstance(now, list):
+                was, now = (sorted(set(a) - set(b))[:3] for a, b in ((was, now), (now, was)))
+            raise GKError(f'{self.last_path}: made with other settings ({k}: {was} there, {now} now)', 'Use another run folder, or delete this one to start anew.')
+        self.model.load_state_dict(ck['model']); self.opt.load_state_dict(ck['optimizer'])
+        self.schedule.load_state_dict(ck['schedule']); self.scaler.load_state_dict(ck['scaler'])
+        for k in ('epoch', 'step', 'sums', 'history', 'best', 'best_epoch', 'bad_evaluations', 'done'): setattr(self, k, ck[k])
+        return ck
 
-# %% ../../nbs/training/31_trainer.ipynb #26b1e0f6
-@patch
-def _resume(self: Trainer) -> dict | None:
-    "Take over last.ckpt, if there is one; returns it."
-    if not self.last_path.exists(): return None
-    ck = load_checkpoint(self.last_path)
-    if 'identity' not in ck: raise GKError(f'{self.last_path}: not a checkpoint of this trainer', 'Delete it or use another run folder.')
-    old, new = ck['identity'], self._identity()
-    for k in new:
-        if old.get(k) == new[k]: continue
-        was, now = old.get(k), new[k]
-        if isinstance(was, dict) and isinstance(now, dict):
-            n = sorted(n for n in was.keys() | now.keys() if was.get(n) != now.get(n))[0]
-            k, was, now = f'{k} {n!r}', was.get(n), now.get(n)
-        elif isinstance(was, list) and isinstance(now, list):
-            was, now = (sorted(set(a) - set(b))[:3] for a, b in ((was, now), (now, was)))
-        raise GKError(f'{self.last_path}: made with other settings ({k}: {was} there, {now} now)', 'Use another run folder, or delete this one to start anew.')
-    self.model.load_state_dict(ck['model']); self.opt.load_state_dict(ck['optimizer'])
-    self.schedule.load_state_dict(ck['schedule']); self.scaler.load_state_dict(ck['scaler'])
-    for k in ('epoch', 'step', 'sums', 'history', 'best', 'best_epoch', 'bad_evaluations', 'done'): setattr(self, k, ck[k])
-    return ck
+# %% ../../nbs/training/31_trainer.ipynb #f434e2b7
+class _Stepping(_Resuming):
+    "One update of the weights."
+    def _check_finite(self, values: dict[str, float]) -> None:
+        "A `GKError` naming the first value that is not finite."
+        for name in sorted(values, key=('loss', 'grad_norm').count):     # the parts first: they say where it comes from
+            if not math.isfinite(values[name]):
+                raise GKError(f'{name} is {values[name]} at epoch {self.epoch + 1}, step {self.step + 1} of {self.steps_per_epoch}',
+                              f'The last good checkpoint is kept in {self.run_dir}. Lower lr or use another precision, in a new run folder.')
 
-# %% ../../nbs/training/31_trainer.ipynb #a1fe4254
-@patch
-def _check_finite(self: Trainer, losses: dict[str, Tensor]) -> dict[str, float]:
-    "The losses as floats (one transfer from the device), or a `GKError` naming the first that is not finite."
-    if 'loss' not in losses: raise GKError(f"loss_fn returned {sorted(losses)} without 'loss'", "Return a dict with the key 'loss'.")
-    values = dict(zip(losses, torch.stack([torch.as_tensor(v, device=self.device).detach().float() for v in losses.values()]).tolist(), strict=True))
-    for name in sorted(values, key='loss'.__eq__):     # the parts first: they say where it comes from
-        if not math.isfinite(values[name]):
-            raise GKError(f'{name} is {values[name]} at epoch {self.epoch + 1}, step {self.step + 1} of {self.steps_per_epoch}',
-                          f'The last good checkpoint is kept in {self.run_dir}. Lower lr or use another precision, in a new run folder.')
-    return values
+    def _train_step(self, batches: Iterator[dict], sizes: list[int]) -> dict[str, float]:
+        "One update from `len(sizes)` backward passes; returns the mean losses, the gradient norm and the learning rate used."
+        totals, rate = {}, self.schedule.get_last_lr()
+        self.opt.zero_grad(set_to_none=True)
+        for i, size in enumerate(sizes):
+            batch, weight = send_to_device(next(batches), self.device, non_blocking=True), size / sum(sizes)
+            with nullcontext() if i == len(sizes) - 1 else self.acc.no_sync(self.wrapped):
+                with self._autocast(): losses = self.loss_fn(self.wrapped, batch)
+                if 'loss' not in losses: raise GKError(f"loss_fn returned {sorted(losses)} without 'loss'", "Return a dict with the key 'loss'.")
+                self.acc.backward(self.scaler.scale(losses['loss'] * weight))
+            for k, v in losses.items(): totals[k] = totals.get(k, 0.) + torch.as_tensor(v, device=self.device).detach().float() * weight
+        self.scaler.unscale_(self.opt)
+        totals['grad_norm'] = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf).detach()
+        out = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))    # the step's one wait for the device
+        self._check_finite({k: v for k, v in out.items() if k != 'grad_norm' or not self.scaler.is_enabled()})
+        before = self.scaler.get_scale()
+        self.scaler.step(self.opt); self.scaler.update()
+        if self.scaler.get_scale() >= before: self.schedule.step()     # fp16 skips a step that overflowed
+        return {**out, 'lr': max(rate)}
 
-@patch
-def _train_step(self: Trainer, batches: Iterator[dict], sizes: list[int]) -> dict[str, float]:
-    "One update from `len(sizes)` backward passes; returns the mean losses, the gradient norm and the learning rate used."
-    totals, rate = {}, self.schedule.get_last_lr()
-    self.opt.zero_grad(set_to_none=True)
-    for i, size in enumerate(sizes):
-        batch, weight = send_to_device(next(batches), self.device, non_blocking=True), size / sum(sizes)
-        last = i == len(sizes) - 1
-        with self.acc.no_sync(self.wrapped) if not last else self.acc.autocast():
-            with self._autocast(): losses = self.loss_fn(self.wrapped, batch)
-            for k, v in self._check_finite(losses).items(): totals[k] = totals.get(k, 0.) + v * weight
-            self.acc.backward(self.scaler.scale(losses['loss'] * weight))
-    self.scaler.unscale_(self.opt)
-    norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm or math.inf).item()
-    if not math.isfinite(norm) and not self.scaler.is_enabled(): self._check_finite({'loss': torch.tensor(0.), 'gradient norm': torch.tensor(norm)})
-    before = self.scaler.get_scale()
-    self.scaler.step(self.opt); self.scaler.update()
-    if self.scaler.get_scale() >= before: self.schedule.step()     # fp16 skips a step that overflowed
-    return {**totals, 'grad_norm': norm, 'lr': max(rate)}
+# %% ../../nbs/training/31_trainer.ipynb #9be82f55
+class _Epochs(_Stepping):
+    "One pass through the data."
+    def _train_epoch(self, bar: tqdm, log: SummaryWriter | None) -> None:
+        if hasattr(self.data, 'set_epoch'): self.data.set_epoch(self.epoch)
+        steps = epoch_steps(len(self.data), self.config, self.epoch)[self.step:]
+        world = self.acc.num_processes
+        steps = [kept for s in steps if (kept := [b for b in s if len(b) >= world])]
+        batches = iter(make_loader(self.data, [b for s in steps for b in s], self.config.num_workers, self.collate, self.acc.process_index, world))
+        self.model.train()
+        for s in steps:
+            start, n = time.perf_counter(), sum(map(len, s))
+            out = self._train_step(batches, [len(b) for b in s])
+            out['seconds'] = time.perf_counter() - start
+            for k, v in out.items(): self.sums[k] = self.sums.get(k, 0.) + (v if k == 'seconds' else v * n)
+            self.sums['samples'] = self.sums.get('samples', 0) + n
+            self.step += 1
+            if log:
+                for k, v in out.items(): log.add_scalar(f'step/{k}', v, self.global_step)
+            bar.update(); bar.set_postfix(loss=f"{out['loss']:.4f}", refresh=False)
+            if self.global_step % self.config.checkpoint_every == 0 and self.step < self.steps_per_epoch: self._save()
 
-# %% ../../nbs/training/31_trainer.ipynb #f2918187
-@patch
-def _train_epoch(self: Trainer, bar: tqdm, log: SummaryWriter | None) -> None:
-    if hasattr(self.data, 'set_epoch'): self.data.set_epoch(self.epoch)
-    steps = epoch_steps(len(self.data), self.config, self.epoch)[self.step:]
-    world = self.acc.num_processes
-    steps = [kept for s in steps if (kept := [b for b in s if len(b) >= world])]
-    batches = iter(make_loader(self.data, [b for s in steps for b in s], self.config.num_workers, self.collate, self.acc.process_index, world))
-    self.model.train()
-    for s in steps:
-        start, n = time.perf_counter(), sum(map(len, s))
-        out = self._train_step(batches, [len(b) for b in s])
-        out['seconds'] = time.perf_counter() - start
-        for k, v in out.items(): self.sums[k] = self.sums.get(k, 0.) + (v if k == 'seconds' else v * n)
-        self.sums['samples'] = self.sums.get('samples', 0) + n
-        self.step += 1
+    def _evaluate(self) -> dict[str, float]:
+        caller = rng_state()
+        self.model.eval()
+        with torch.no_grad(): out = {k: float(v) for k, v in self.evaluate(self.model).items()}
+        set_rng_state(caller)
+        if self.monitor and self.monitor not in out: raise GKError(f'evaluate returned {sorted(out)} without the monitored {self.monitor!r}', 'Correct monitor=.')
+        return out
+
+# %% ../../nbs/training/31_trainer.ipynb #e1f61f0d
+class _EpochEnds(_Epochs):
+    "Evaluation, history, the best weights."
+    def _end_epoch(self, log: SummaryWriter | None) -> None:
+        "Evaluate, note the best, write one row of history, save."
+        n, seconds = self.sums.pop('samples'), self.sums.pop('seconds')
+        row = {'epoch': self.epoch + 1, 'step': (self.epoch + 1) * self.steps_per_epoch, **{k: v / n for k, v in self.sums.items()}}
+        due = (self.epoch + 1) % self.config.eval_every == 0 or self.epoch + 1 == self.config.epochs
+        if self.evaluate is not None and due:
+            row |= self._evaluate()
+            if self.monitor:
+                value = row[self.monitor]
+                if math.isfinite(value) and (self.best is None or self.sign * value > self.sign * self.best):
+                    self.best, self.best_epoch, self.bad_evaluations = value, self.epoch + 1, 0
+                    if self.config.keep_best and self.acc.is_main_process: save_checkpoint(self.best_path, {'model': self.model.state_dict(), 'epoch': self.epoch + 1, 'value': value})
+                else: self.bad_evaluations += 1
+        row |= {'images_per_s': n / seconds, 'seconds': seconds}
+        self.history.append(row)
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+        self.done = self.epoch == self.config.epochs or 0 < self.config.patience <= self.bad_evaluations
         if log:
-            for k, v in out.items(): log.add_scalar(f'step/{k}', v, self.global_step)
-        bar.update(); bar.set_postfix(loss=f"{out['loss']:.4f}", refresh=False)
-        if self.global_step % self.config.checkpoint_every == 0 and self.step < self.steps_per_epoch: self._save()
+            for k, v in row.items(): log.add_scalar(f'epoch/{k}', v, self.global_step)
+            log.flush()
+        self._save(); self._write_history()
 
-@patch
-def _evaluate(self: Trainer) -> dict[str, float]:
-    caller = rng_state()
-    self.model.eval()
-    with torch.no_grad(), self._autocast(): out = {k: float(v) for k, v in self.evaluate(self.model).items()}
-    set_rng_state(caller)
-    if self.monitor and self.monitor not in out: raise GKError(f'evaluate returned {sorted(out)} without the monitored {self.monitor!r}', 'Correct monitor=.')
-    return out
+    def _line(self) -> str:
+        row, hide = self.history[-1], ('epoch', 'step', 'seconds', 'lr', 'grad_norm')
+        early = ' (stopped early)' if self.done and self.epoch < self.config.epochs else ''
+        return f"epoch {row['epoch']}/{self.config.epochs}{early}: " + ', '.join(f'{k} {v:.4g}' for k, v in row.items() if k not in hide)
 
-# %% ../../nbs/training/31_trainer.ipynb #146c7f48
-@patch
-def _end_epoch(self: Trainer, log: SummaryWriter | None) -> None:
-    "Evaluate, note the best, write one row of history, save."
-    n, seconds = self.sums.pop('samples'), self.sums.pop('seconds')
-    row = {'epoch': self.epoch + 1, 'step': (self.epoch + 1) * self.steps_per_epoch, **{k: v / n for k, v in self.sums.items()}}
-    due = (self.epoch + 1) % self.config.eval_every == 0 or self.epoch + 1 == self.config.epochs
-    if self.evaluate is not None and due:
-        row |= self._evaluate()
-        if self.monitor:
-            value = row[self.monitor]
-            if math.isfinite(value) and (self.best is None or self.sign * value > self.sign * self.best):
-                self.best, self.best_epoch, self.bad_evaluations = value, self.epoch + 1, 0
-                if self.config.keep_best and self.acc.is_main_process: save_checkpoint(self.best_path, {'model': self.model.state_dict(), 'epoch': self.epoch + 1, 'value': value})
-            else: self.bad_evaluations += 1
-    row |= {'images_per_s': n / seconds, 'seconds': seconds}
-    self.history.append(row)
-    self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
-    self.done = self.epoch == self.config.epochs or 0 < self.config.patience <= self.bad_evaluations
-    if log:
-        for k, v in row.items(): log.add_scalar(f'epoch/{k}', v, self.global_step)
-        log.flush()
-    self._save(); self._write_history()
+    def _write_history(self) -> None:
+        if self.acc.is_main_process and self.history:
+            with atomic_write(self.run_dir/'history.csv') as f: pd.DataFrame(self.history).to_csv(f, index=False)
 
-@patch
-def _write_history(self: Trainer) -> None:
-    if self.acc.is_main_process and self.history:
-        with atomic_write(self.run_dir/'history.csv') as f: pd.DataFrame(self.history).to_csv(f, index=False)
+# %% ../../nbs/training/31_trainer.ipynb #d64c5de3
+class Trainer(_EpochEnds):
+    """Trains `model` with `loss_fn` on `train_set`; see `_State` for the arguments and `fit` for what happens.
 
-# %% ../../nbs/training/31_trainer.ipynb #ce91e72b
-@patch
-def fit(self: Trainer) -> pd.DataFrame:
-    "Train to the end, or from `last.ckpt` to the end. Returns the history, one row an epoch; the model then holds the best (or last) weights."
-    caller = rng_state()
-    try:
-        self._setup()
-        resumed = self._resume()
-        if resumed and not self.done and self.step + self.epoch: self._say(f'resumed at epoch {self.epoch + 1}, step {self.step + 1}')
-        if self.done: self._write_history()
-        else: self._run(resumed)
-    finally: set_rng_state(caller)
-    if self.config.keep_best and self.best_epoch is not None: self.model.load_state_dict(load_checkpoint(self.best_path)['model'])
-    self.model.eval()
-    return pd.DataFrame(self.history)
+    Runs on a CPU or one GPU; several processes through accelerate's launcher (data parallel: written for it, tested with one process).
+    The logged losses are the main process's own; every process evaluates the whole validation set."""
+    def fit(self) -> pd.DataFrame:
+        "Train to the end, or from `last.ckpt` to the end. Returns the history, one row an epoch; the model then holds the best (or last) weights."
+        caller = rng_state()
+        try:
+            self._rewind(); self._setup()
+            resumed = self._resume()
+            if resumed and not self.done and self.step + self.epoch: self._say(f'resumed at epoch {self.epoch + 1}, step {self.step + 1}')
+            if self.done: self._write_history()
+            else: self._run(resumed)
+        finally: set_rng_state(caller)
+        if self.config.keep_best and self.best_epoch is not None: self.model.load_state_dict(load_checkpoint(self.best_path)['model'])
+        self.model.eval()
+        return pd.DataFrame(self.history)
 
-@patch
-def _run(self: Trainer, resumed: dict | None) -> None:
-    if resumed: set_rng_state(resumed['rng'][self.acc.process_index])
-    else: seed_everything(self.config.seed + self.acc.process_index)  # processes must not share their dropout masks
-    self._write_history()
-    main, terminal = self.acc.is_main_process, sys.stderr.isatty()
-    log = SummaryWriter(self.run_dir/'tensorboard', purge_step=self.global_step + 1) if main else None
-    bar = tqdm(total=self.total_steps, initial=self.global_step, unit='step', disable=self.quiet or not main or not terminal)
-    said = 0.
-    try:
-        while not self.done:
-            self._train_epoch(bar, log)
-            self._end_epoch(log)
-            if bar.disable and (self.done or time.perf_counter() - said > 1):
-                said = time.perf_counter()
-                self._say(self._line())
-    finally:
-        bar.close()
-        if log: log.close()
-
-@patch
-def _line(self: Trainer) -> str:
-    row, hide = self.history[-1], ('epoch', 'step', 'seconds', 'lr', 'grad_norm')
-    early = ' (stopped early)' if self.done and self.epoch < self.config.epochs else ''
-    return f"epoch {row['epoch']}/{self.config.epochs}{early}: " + ', '.join(f'{k} {v:.4g}' for k, v in row.items() if k not in hide)
+    def _run(self, resumed: dict | None) -> None:
+        if resumed: set_rng_state(resumed['rng'][self.acc.process_index])
+        else:
+            seed_everything(self.config.seed + self.acc.process_index)  # processes must not share their dropout masks
+            self._save()                                                # a run that fails in its first steps restarts from the same weights
+        self._write_history()
+        main, terminal = self.acc.is_main_process, sys.stderr.isatty()
+        log = SummaryWriter(self.run_dir/'tensorboard', purge_step=self.global_step + 1) if main else None
+        bar = tqdm(total=self.total_steps, initial=self.global_step, unit='step', disable=self.quiet or not main or not terminal)
+        said = 0.
+        try:
+            while not self.done:
+                self._train_epoch(bar, log)
+                self._end_epoch(log)
+                if bar.disable and (self.done or time.perf_counter() - said > 1):
+                    said = time.perf_counter()
+                    self._say(self._line())
+        finally:
+            bar.close()
+            if log: log.close()

@@ -1,0 +1,75 @@
+# The study as a graph. Each job runs one notebook through gk_mvlp.study.run, which checks parameters and keeps failed notebooks.
+# Called by `gk-mvlp paper`. Settings are plain params, so that Snakemake sees when they change. Checkpoints are not declared as
+# outputs, because outputs of a failed job are deleted and a resumed job needs them.
+import json
+
+from gk_mvlp.config import load_preset
+from gk_mvlp.study.launch import classification_jobs, pretrained
+from gk_mvlp.study.run import stage_sources
+
+PRESET, DATA = config["preset"], config.get("data", "")
+RUNS, RESULTS = config["runs"], config["results"]
+P = load_preset(PRESET)
+DETECTOR = f"{RUNS}/detector"
+PUBLISHED = expand("paper_results/published/{f}.csv", f=glob_wildcards("paper_results/published/{f}.csv").f)
+RUN = "python -m gk_mvlp.study.run {input.nb} $(dirname {output[0]}) --label {params.label:q} --params {params.p:q}"
+
+wildcard_constraints:
+    objective="[a-z_]+", seed=r"\d+", dataset="[a-z_]+", method="[a-z_]+", ratio=r"[\d.]+"
+
+def given(**params):
+    "A job's notebook parameters as JSON."
+    return json.dumps({"preset": PRESET, "data": DATA, **params})
+
+def model_of(w):
+    "The folder of a method's pre-trained model; '' for a method without pre-training."
+    return f"{RUNS}/pretrain/{w.method}-s{w.seed}/model" if pretrained(w.method) else ""
+
+def needs_model(w):
+    return [f"{RUNS}/pretrain/{w.method}-s{w.seed}/metrics.json"] if pretrained(w.method) else []
+
+rule all:
+    input: f"{RESULTS}/manifest.json"
+
+rule detector:
+    input: nb="nbs/experiments/70_detector.ipynb", lib=stage_sources("detector")
+    output: f"{DETECTOR}/metrics.json"
+    params: label="detector", p=given(seed=P.seeds[0]), settings=json.dumps([P.data, P.detector])
+    shell: RUN
+
+rule pretrain:
+    input: nb="nbs/experiments/71_pretrain.ipynb", detector=f"{DETECTOR}/metrics.json", lib=stage_sources("pretrain")
+    output: f"{RUNS}/pretrain/{{objective}}-s{{seed}}/metrics.json"
+    params:
+        label=lambda w: f"pretrain {w.objective}, seed {w.seed}",
+        p=lambda w: given(objective=w.objective, seed=int(w.seed), detector=DETECTOR),
+        settings=json.dumps([P.data, P.model, P.pretrain, P.pretrain_dataset])
+    shell: RUN
+
+rule classification:
+    input: needs_model, nb="nbs/experiments/72_classification.ipynb", detector=f"{DETECTOR}/metrics.json", lib=stage_sources("classification")
+    output: f"{RUNS}/classification/{{dataset}}-{{method}}-r{{ratio}}-s{{seed}}/metrics.json"
+    params:
+        label=lambda w: f"classification of {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
+        p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w)),
+        settings=json.dumps([P.data, P.model, P.finetune])
+    shell: RUN
+
+CLASSIFICATION = [f"{RUNS}/classification/{j}/metrics.json" for j in classification_jobs(P)]
+
+rule tables:
+    input: CLASSIFICATION, f"{DETECTOR}/metrics.json", PUBLISHED, nb="nbs/paper/90_tables.ipynb", lib=stage_sources("paper")
+    output: f"{RUNS}/tables/metrics.json"
+    params: label="tables", p=given(runs=RUNS, results=RESULTS)
+    shell: RUN
+
+rule figures:
+    input: CLASSIFICATION, f"{DETECTOR}/metrics.json", nb="nbs/paper/91_figures.ipynb", lib=stage_sources("paper")
+    output: f"{RUNS}/figures/metrics.json"
+    params: label="figures", p=given(runs=RUNS, results=RESULTS)
+    shell: RUN
+
+rule manifest:
+    input: rules.tables.output, rules.figures.output
+    output: f"{RESULTS}/manifest.json"
+    shell: "python -m gk_mvlp.study.collect {RUNS} {RESULTS}"
