@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from gk_mvlp.data import registry
-from gk_mvlp.data.covid_chestxray import finding_labels, load_covid_chestxray, read_lung_boxes
+from gk_mvlp.data.covid_chestxray import finding_labels, load_covid_chestxray
 from gk_mvlp.data.knowledge import ENTITY_INDEX
 from gk_mvlp.data.nih import NIH_FINDINGS, NIH_TO_ENTITY, load_nih
 from gk_mvlp.data.registry import FRACTIONS, assign_splits, data_fingerprint, dataset_names, dataset_options, load_dataset, picture_hashes, register, split_together
 from gk_mvlp.data.rsna import load_rsna
 from gk_mvlp.data.study import FindingBox, Study, check_splits, validate
-from gk_mvlp.data.tables import box_xywh, picture_path, read_table
+from gk_mvlp.data.tables import box_xywh, picture_path
 from gk_mvlp.data.vqa_rad import load_vqa_rad
 from gk_mvlp.paths import GKError
 
@@ -356,13 +356,14 @@ def test_real_covid(real_data):
     assert Counter(x.sex for x in s) == {'M': 163, 'F': 99, '': 13} and all('license' in x.attributes for x in s) and not any('\ufffd' in x.report for x in s)
     for x in s:
         if x.regions: assert x.regions['right lung'][0] < x.regions['left lung'][0]
-    assert sum('lung_mask' in x.attributes for x in s) > 20
+    assert sum('lung_mask' in x.attributes for x in s) == 123
 
 def test_real_nih(real_data):
     s = load_dataset('nih', real_data)
     assert len(s) == 1000 and len({x.subject_id for x in s}) == 264 and sum(len(x.findings) for x in s) == 9
     n = Counter(f for x in s for f in NIH_FINDINGS if x.labels[f])
-    assert sum(x.labels['any_finding'] == 0 for x in s) >= 480 and n['effusion'] > 150 and set(n) == set(NIH_FINDINGS)
+    assert sum(x.labels['any_finding'] for x in s) == 501 and n['effusion'] == 170 and n['infiltration'] == 162 and n['hernia'] == 9 and set(n) == set(NIH_FINDINGS)
+    assert Counter(x.view for x in s) == {'PA': 637, 'AP': 363}
     o = load_dataset('nih', real_data, variant='original')
     assert len(o) == 25 and len({x.subject_id for x in o}) == 9
 

@@ -51,7 +51,7 @@ _AIRSPACE: tuple[Entity, ...] = (
 _FLUID_AND_HEART: tuple[Entity, ...] = (
     Entity('pulmonary edema', 'fluid in the interstitium and air spaces, spreading from both hila with blurred vessels and septal lines',
            ('edema', 'oedema', 'vascular congestion', 'pulmonary congestion', 'interstitial congestion', 'kerley b lines', 'pulmonary vascular engorgement',
-            'venous congestion', 'vascular engorgement', 'cephalization', 'pulmonary venous hypertension', 'kerley b', 'fluid overload', 'volume overload'), _HILA + _LUNGS),
+            'venous congestion', 'vascular engorgement', 'cephalization', 'pulmonary venous hypertension', 'kerley b', 'fluid overload', 'volume overload', 'vascular prominence'), _HILA + _LUNGS),
     Entity('pleural effusion', 'fluid between lung and chest wall that blunts the costophrenic angle and rises along the wall as a meniscus',
            ('effusion', 'effusions', 'pleural effusions', 'pleural fluid', 'hydrothorax', 'blunting of the costophrenic angle', 'costophrenic angle blunting'), _ANGLES + _LOWER),
     Entity('pneumothorax', 'air in the pleural space, seen as a black rim without lung markings beyond a thin pleural line, usually at the apex',
@@ -90,7 +90,7 @@ _OTHER: tuple[Entity, ...] = (
             'granulomatous changes', 'granulomatous calcification', 'granulomatous calcifications', 'granulomatous'), _ZONES + _HILA),
     Entity('support device', 'a tube, line, lead or pacemaker, seen as a very white, smooth and sharp-edged shape of even width',
            ('endotracheal tube', 'nasogastric tube', 'enteric tube', 'tracheostomy', 'central line', 'central venous catheter', 'picc', 'port-a-cath', 'catheter', 'pacemaker', 'chest tube', 'et tube', 'ng tube', 'sternotomy wires', 'icd', 'pacing leads',
-            'pacer', 'defibrillator', 'aicd', 'port', 'mediport', 'portacath', 'dialysis catheter', 'feeding tube', 'tracheostomy tube', 'catheters', 'picc line', 'sternotomy', 'cardiac device', 'prosthetic valve', 'valve prosthesis', 'central lines', 'venous line', 'drain'), ('trachea', 'svc', 'mediastinum', 'left clavicle')),)
+            'pacer', 'defibrillator', 'aicd', 'port', 'mediport', 'portacath', 'dialysis catheter', 'feeding tube', 'tracheostomy tube', 'catheters', 'picc line', 'cardiac device', 'prosthetic valve', 'valve prosthesis', 'central lines', 'venous line', 'monitor leads', 'telemetry leads', 'stimulator', 'electronic device', 'pulse generator', 'generator', 'tube', 'lead', 'leads'), ('trachea', 'svc', 'mediastinum', 'left clavicle')),)
 
 # %% ../../nbs/data/11_knowledge.ipynb #637ef733
 ENTITIES: tuple[Entity, ...] = _AIRSPACE + _FLUID_AND_HEART + _LESIONS + _OTHER
@@ -184,17 +184,20 @@ _PATTERNS: tuple[tuple[str, re.Pattern], ...] = tuple((n, re.compile(p)) for n, 
     ('pleural effusion', r'\bblunt(?:ing|ed)\b[a-z ]{0,40}(?:costophrenic|costo phrenic|cp) (?:angles?|sulc\w+|recess\w*|xxxx)'),
     ('pleural effusion', r'\b(?:costophrenic|costo phrenic|cp) (?:angles?|sulc\w+|recess\w*|xxxx)(?:(?! (?:not|no|sharp|clear)\b) [a-z]+){0,6}? (?:blunt\w*|obscured)'),
     ('pleural effusion', r'\bfluid (?:in|within|along) the [a-z ]{0,20}(?:fissures?|pleural space)'),
-    ('granuloma', r'\bcalcified [a-z ]{0,30}\b(?:nodules?|granuloma\w*|lymph nodes?|nodes?)'), ('granuloma', r'\b(?:nodules?|nodes?) (?:is|are|which is|appears?) calcified'),
+    ('granuloma', r'\bcalcified(?: (?!and\b|or\b|with\b)[a-z]+){0,4}? (?:nodules?|granuloma\w*|nodes?)'), ('granuloma', r'\b(?:nodules?|nodes?) (?:is|are|which is|appears?) calcified'),
     ('pleural thickening', r'\b(?:pleural|pleura|biapical|apical)(?: [a-z]+){0,3}? thickening'), ('pleural thickening', r'\bthickening of the [a-z ]{0,20}pleura'),
     ('hyperinflation', r'\b(?:hemi)?diaphragms? [a-z ]{0,20}flatten\w+'), ('hyperinflation', r'\bflatten\w+ [a-z ]{0,20}\b(?:hemi)?diaphragm\w*'),
     ('hyperinflation', r'\blungs? [a-z ]{0,30}(?:over ?expanded|hyper ?inflated)'),
     ('pulmonary edema', r'\b(?:pulmonary )?(?:vascul\w+|vessels?)(?: (?:is|are|appears?|mildly|slightly|remains?|markings?|with))* (?:congest\w+|engorge\w+|indistinct|cephali[sz]ed|redistribut\w+)'),
+    ('pulmonary edema', r'\b(?:increased|prominen\w+|indistinct)(?: (?:of|the|central|pulmonary|lung)){0,4} vascul(?:arity|ature)'),
+    ('pulmonary edema', r'\b(?:pulmonary|lung|central) vascul\w+(?: (?:is|are|mildly|remains?|markings)){0,3} (?:increased|prominen\w+)'),
+    ('support device', r'\btip (?:is |projects |projecting |visualized |seen |terminat\w+ |overl\w+ |now )*(?:in|over|at|within|near)(?: the)?(?: (?:mid|lower|upper|distal|proximal|right))* (?:svc|superior vena cava|cavoatrial|atri\w+)'),
     ('lung opacity', r'\b(?:patchy|airspace|air space|alveolar|hazy|streaky|ground glass|parenchymal|focal|ill defined|increased|pulmonary|basilar|bibasilar|bibasal|lobe|base) (?:densit(?:y|ies)|disease)'),
     ('support device', r'\b(?:lead|leads|line|tube|catheter|wires?)(?= (?:tips?|is|are|terminat\w+|projects?|ends?|in|overl\w+)\b)')))
-_BORDERLINE = re.compile(rf'\b{_HEART}(?:(?! lungs?) [a-z]+){{0,6}}? (?:(?:upper|high) (?:limits? of )?normal|top normal|borderline|upper limits?)')
+_BORDERLINE = re.compile(rf'\b{_HEART}(?:(?! lungs?) [a-z]+){{0,6}}? (?:(?:upper|high) (?:limits? of )?normal|top normal|borderline|upper limits?)|\bborderline (?:size of the |sized? )?(?:heart|cardiac)(?: size| silhouette)?(?! enlarg)|\bupper limits? of normal (?:heart|cardiac)')
 
-# %% ../../nbs/data/11_knowledge.ipynb #6a191041
-_OK = r'(?:normal|within normal|unremarkable|not (?:significantly |grossly )?(?:enlarged|widened))\b'
+# %% ../../nbs/data/11_knowledge.ipynb #ab1569e8
+_OK = r'(?:normal|within (?:the )?(?:normal|limits of normal)|unremarkable|not (?:significantly |grossly )?(?:enlarged|widened))\b'
 _TO = r"(?:(?! (?:enlarg\w+|wid\w+|lungs? (?:is|are)|large|prominent|borderline|upper limits?|abnormal|shift\w*|top|but)\b) (?:[a-z']+|,|/)){0,14}?"
 _NORMAL: tuple[tuple[re.Pattern, tuple[str, ...]], ...] = tuple((re.compile(p), n) for p, n in (
     (rf'\b(?:cardio ?mediastinal|cardiac and mediastinal|heart and mediastin\w+|heart , [a-z ,]*mediastin\w+)(?: (?:silhouettes?|contours?))?{_TO} {_OK}', ('cardiomegaly', 'mediastinal widening')),
@@ -238,7 +241,8 @@ def _clauses(sentence: str) -> list[str]:
         start = 0
         for m in re.finditer(r' , (?:and |with )?| and | with ', part):
             left, right = part[start:m.start()], part[m.end():]
-            if (_HAS_VERB.search(left) and _NEW_SUBJECT.match(right)) or (_NEW_STATE.match(right) and _mentions(left)):
+            said = _HAS_VERB.search(left) or (',' in m.group() and _mentions(left))
+            if (said and _NEW_SUBJECT.match(right)) or (_NEW_STATE.match(right) and _mentions(left)):
                 out.append(left); start = m.end()
         out.append(part[start:])
     return [c.strip() for c in out if c.strip()]
@@ -247,17 +251,17 @@ def _clauses(sentence: str) -> list[str]:
 _PSEUDO = re.compile(r'\b(?:(?:no|without|not)(?: (?:significant|significantly|interval|definite|appreciable|much|substantial|gross|major))* (?:change[ds]?|increased?|decreased?|improvement|worsening|progression)(?: (?:in|of|from|to))?'
                      r'|not only|no further|not (?:completely|fully|entirely|yet) (?:resolved|cleared)|not resolved|(?:partial|incomplete|near|near complete) resolution|(?:partially|nearly|almost|incompletely|not) (?:resolved|cleared|removed))\b')
 _PRE_NEG = re.compile(r"\b(?:no|not|without|free of|free from|negative for|clear of|cleared of|absence of|absent|resolution of|resolved|removal of|lack of|nor|neither|never|rather than|instead of|den(?:y|ies)|excludes?|isn't|aren't|doesn't|cannot see)\b(?! excluded)")
-_POST_NEG = re.compile(rf"\b(?:(?:{_VERB}|been|now|completely|since|interval|not|no longer) ?)*(?:not (?:\w+ )?(?:seen|identified|evident|present|visuali[sz]ed|appreciated|demonstrated|noted|apparent|detected|observed|suspected|found)"
+_POST_NEG = re.compile(rf"\b(?:(?:{_VERB}|been|now|completely|since|interval|not|no longer) ?)*(?:not (?:\w+ )?(?:seen|identified|evident|present|visuali[sz]ed|appreciated|demonstrated|noted|apparent|detected|observed|suspected|found)|within (?:the )?(?:normal limits|limits of normal)"
                        r"|no longer (?:\w+ )?(?:seen|identified|evident|present|visuali[sz]ed|appreciated|apparent|visible)|resolved|absent|cleared|ruled out|excluded|removed|removal|negative)\b")
 _PRE_DOUBT = re.compile(r"\b(?:may|might|could|can represent|possibility of|question of|question|suspicious for|suspicion (?:of|for)|suggest\w*(?: of)?|concern(?:ing)? for|worrisome for|versus|vs|equivocal"
                         r"|(?:cannot|can not|can't|unable to|difficult to|not) (?:be )?(?:entirely |completely |absolutely )?(?:exclude|rule out)|consider|perhaps|presum\w+|differential|unlikely|less likely|doubtful)\b")
 _ADJ_DOUBT = re.compile(r'\b(?:possible|possibly|probable|probably|likely|questionable|suspected|borderline|equivocal|potential)\b')
 _POST_DOUBT = re.compile(rf"\b(?:(?:cannot|can not|can't|could not|not|difficult to)(?: be)?(?: \w+)? (?:exclude|excluded|ruled out)|(?:{_VERB}|be) (?:\w+ )?(?:possible|suspected|likely|unlikely|questioned|questionable|considered|doubtful|equivocal|suggested)"
-                         r"|less likely|not (?:entirely |completely )?excluded|(?:could|should|may|might) be considered|of question|in the differential)\b")
+                         r"|less likely|not (?:entirely |completely )?excluded|(?:could|should|may|might|would) be (?:considered|a consideration)|(?:suspected|questioned)$|of question|in the differential)\b")
 
 # %% ../../nbs/data/11_knowledge.ipynb #01ca888e
 _SILENT = re.compile(r"\b(?:history of|h / o|hx of|status post|s / p|evaluat\w+(?: (?:for|of))?|assess(?:ment)?(?: (?:for|of))?|rule out|r / o|to exclude|recommend\w*|clinical(?:ly)? (?:concern|suspicion|suspected|correlat\w+)[a-z ]*?(?:for|of|with)?"
-                     r"|follow up|followup|if there is|known|patient with|symptoms of|treated for|difficult to evaluate|limits? evaluation (?:for|of))\b")
+                     r"|follow up|followup|if there is|(?:can|could|may) be (?:performed|obtained)|(?:for|to) further|to (?:identify|confirm)|search for|known|patient with|symptoms of|treated for|difficult to evaluate|limits? evaluation (?:for|of))\b")
 _SEEN_SILENT = ('support device',)                      # 'status post sternotomy' or 'known pacemaker' is still visible
 
 def _value(clause: str, m: tuple[int, int, str, int | None]) -> int | None:
@@ -272,7 +276,7 @@ def _value(clause: str, m: tuple[int, int, str, int | None]) -> int | None:
     doubt = [d.start() for d in _PRE_DOUBT.finditer(before)]
     doubt += [d.start() for d in _ADJ_DOUBT.finditer(before) if not re.search(r' , | and ', before[d.end():])]
     undone = _PRE_DOUBT.sub(blank, before) if doubt else before
-    if _POST_DOUBT.search(after): return 0
+    if _POST_DOUBT.search(after) or (name == 'nodule' and 'nipple' in after): return 0     # a nipple shadow looks like a nodule
     if _PRE_NEG.search(undone) or _POST_NEG.search(_POST_DOUBT.sub(blank, after)): return -1
     if re.search(r'\b(?:not|no)\b', text[start:end]): return -1
     return 0 if doubt or re.match(r' (?:versus|vs)\b', after) else 1
@@ -294,6 +298,7 @@ def extract_entities(text: str # a report, headed or not
 _ZONE_WORDS: tuple[tuple[str, str, str], ...] = (     # regex, region after the side, side if none is said ('' none)
     (r'upper (?:lobes|zones|lungs|lung zones|lung fields)', 'upper lung zone', 'both'), (r'upper(?: and| or| /)?(?= (?:middle|mid|lower))', 'upper lung zone', ''),
     (r'upper (?:lobe|zone|lung(?: zone| field)?|hemithorax)', 'upper lung zone', ''), (r'right middle lobe|rml', 'mid lung zone', 'right'), (r'lingular?', 'mid lung zone', 'left'),
+    (r'upper(?= (?:and|or) (?:the )?(?:right|left))', 'upper lung zone', ''), (r'lower(?= (?:and|or) (?:the )?(?:right|left))', 'lower lung zone', ''),
     (r'middle lobe', 'mid lung zone', 'right'), (r'mid(?:dle)?(?: and| or| /)?(?= (?:lower))', 'mid lung zone', ''), (r'mid ?(?:lungs|zones|lung zones|lung fields)', 'mid lung zone', 'both'),
     (r'mid(?:dle)? ?(?:lung(?: zone| field)?|zone|field)', 'mid lung zone', ''), (r'rul', 'upper lung zone', 'right'), (r'lul', 'upper lung zone', 'left'), (r'rll', 'lower lung zone', 'right'),
     (r'lll|retrocardiac', 'lower lung zone', 'left'), (r'bibasilar|bibasal|lung bases|bases|lower (?:lobes|lungs|lung zones|zones|lung fields)', 'lower lung zone', 'both'),
@@ -306,7 +311,7 @@ _MIDLINE_WORDS: tuple[tuple[str, str], ...] = (
     (r'(?:upper|superior) mediastin\w+|paratracheal', 'upper mediastinum'), (r'mediastin\w+', 'mediastinum'), (r'aortic (?:arch|knob)', 'aortic arch'), (r'svc|superior vena cava', 'svc'),
     (r'cavoatrial junction', 'cavoatrial junction'), (r'right atri(?:um|al)', 'right atrium'), (r'carina', 'carina'), (r'trachea|tracheal', 'trachea'),
     (r'spine|spinal|vertebra\w*', 'spine'), (r'(?:heart|cardiac)(?: (?:silhouette|shadow|size))?|behind the heart', 'cardiac silhouette'), (r'abdomen|abdominal|stomach', 'abdomen'))
-_SIDE = re.compile(r'\b(?P<both>bilateral(?:ly)?|both|(?:right|rt)(?: \w+)? (?:and|or|/|greater than|>) (?:the )?(?:left|lt)|(?:left|lt)(?: \w+)? (?:and|or|/|greater than|>) (?:the )?(?:right|rt))\b|\b(?P<right>right|rt)\b|\b(?P<left>left|lt)\b')
+_SIDE = re.compile(r'\b(?P<both>bilateral(?:ly)?|both|either|each|(?:right|rt) (?:and|or|/|greater than|>) (?:the )?(?:left|lt)|(?:left|lt) (?:and|or|/|greater than|>) (?:the )?(?:right|rt))\b|\b(?P<right>right|rt)\b|\b(?P<left>left|lt)\b')
 _NOT_A_SIDE = re.compile(r'\b(?:right|left) (?:sided? )?(?:atri\w+|ventric\w+|heart|breast|axill\w+|shoulder|humer\w+|subclavian|jugular|ij|internal jugular|main\w*|arm|upper extremity|upper quadrant)')
 
 # %% ../../nbs/data/11_knowledge.ipynb #88ddb503
@@ -323,7 +328,7 @@ def _places(clause: str) -> list[tuple[int, int, tuple[str, ...]]]:
         _, name, default = _ZONE_WORDS[int(z.lastgroup[1:])]
         floor = zones[k - 1].end() if k else 0
         shared = k and re.fullmatch(r'(?: (?:and|or|/|,|the|lung|lateral))* ?', text[floor:z.start()])    # 'left mid and lower lung': the side is shared
-        prev = [s for s in sides if s[1] <= z.start() and edges(s[1], z.start()) <= 4 and (s[0] >= floor or shared)]
+        prev = [s for s in sides if s[1] <= z.start() and edges(s[1], z.start()) <= 4 and (s[0] >= floor or shared) and not _LEXICON.search(text[s[1]:z.start()])]
         nxt = [s for s in sides if s[0] >= z.end() and edges(z.end(), s[0]) <= 2 and re.fullmatch(r' (?:on|of|in)(?: the)? ?| ?', text[z.end():s[0]])]
         own = next((s for s in sides if z.start() <= s[0] < z.end()), None)
         s = own or (prev[-1] if prev else nxt[0] if nxt and default != 'both' else None)
@@ -345,6 +350,9 @@ _POSSIBLE: dict[str, tuple[str, ...]] = {
 _IMPLIED = {'cardiomegaly': ('cardiac silhouette',), 'mediastinal widening': ('mediastinum',)}
 _PREPOSITION = re.compile(r'\b(?:in|at|of|within|overlying|overlies|overlie|over|throughout|along|on|near|involving|to|into|from|about|through|projecting|occupying|is|are)(?: (?:the|a|both|its|medial|lateral|posterior|anterior|patient\'s|mid|extreme)){0,2} ?$')
 
+_LISTED = re.compile(r'[ ,/]*(?:(?:and|or|the|in|at|lung) ?)*')
+_COORDINATE = re.compile(r'[ ,/]*(?:(?:and|or) )?(?:(?!with\b|without\b|no\b|in\b|at\b|of\b|is\b|are\b)[a-z]+ ){0,3}')
+
 def _regions_for(entity: str, place: tuple[str, ...]) -> tuple[str, ...]:
     "The regions a place means for an entity: a side alone is that lung (and that angle for effusion); impossible regions are left out."
     if place[0] in ('right', 'left'):
@@ -356,24 +364,27 @@ def _regions_for(entity: str, place: tuple[str, ...]) -> tuple[str, ...]:
 def _linked(clause: str, ms: list, places: list) -> list[tuple[int, tuple[str, ...]]]:
     "(index of the mention, regions) for each place of the clause."
     out: list[tuple[int, tuple[str, ...]]] = []
-    trail_end = 0                                       # mentions before the last backward-looking place are spoken for
+    taken: set[int] = set()                             # mentions that already have a place: a later place that looks back leaves them alone
     for k, (a, b, regions) in enumerate(places):
-        inside = [i for i, m in enumerate(ms) if m[0] <= a and b <= m[1]]
-        back = [i for i, m in enumerate(ms) if trail_end <= m[0] and m[1] <= a]
+        overlap = [i for i, m in enumerate(ms) if m[0] < b and a < m[1]]
         ahead = [i for i, m in enumerate(ms) if m[0] >= b]
-        joined = k > 0 and re.fullmatch(r'[ ,/]*(?:(?:and|or|the|in|at|lung) ?)*', clause[min(places[k - 1][1], a):a]) is not None
-        fits = lambda i: bool(_regions_for(ms[i][2], regions))
-        if inside: out += [(i, regions) for i in inside]; continue
-        trailing = _PREPOSITION.search(clause[:a]) or not any(map(fits, ahead)) or (joined and back and not re.search(r'^ ?[a-z]* ?$', clause[b:ms[ahead[0]][0]] if ahead else 'x y'))
-        if trailing and back:
-            out += [(i, regions) for i in back]
-            rest = places[k + 1] if k + 1 < len(places) else None
-            if not (rest and re.fullmatch(r'[ ,/]*(?:(?:and|or|the|in|at|lung) ?)*', clause[b:rest[0]] if rest[0] > b else '')): trail_end = b
-        elif ahead:
-            stop = next((p[0] for p in places[k + 1:] if p[0] >= ms[ahead[0]][1] and not _PREPOSITION.search(clause[:p[0]])), len(clause))
-            out += [(i, regions) for i in ahead if ms[i][0] < stop]
+        last = places[k - 1] if k else None
+        listed = last is not None and _LISTED.fullmatch(clause[min(last[1], a):a]) is not None
+        same = {i for i, r in out if last and r == last[2]} if listed else set()       # 'right upper and left lower lobe': both places, the same mentions
+        back = [i for i, m in enumerate(ms) if m[1] <= a and (i not in taken or i in same)]
+        fits = [i for i in ahead if _regions_for(ms[i][2], regions)]
+        if overlap: mine = overlap
+        elif back and (_PREPOSITION.search(clause[:a]) or not fits or (listed and same & set(back) and not _COORDINATE.fullmatch(clause[b:ms[fits[0]][0]]))): mine = back
+        else:
+            mine = fits[:1]
+            for i in ahead:                             # 'left effusion and atelectasis' goes on; 'left effusion with ...' does not
+                if mine and i > mine[-1] and _COORDINATE.fullmatch(clause[ms[mine[-1]][1]:ms[i][0]]): mine.append(i)
+            mine = [i for i in mine if not any(p[0] >= b and p[1] <= ms[i][0] and not _LISTED.fullmatch(clause[b:p[0]]) for p in places[k + 1:])]
+        out += [(i, regions) for i in mine]
+        taken |= set(mine)
     return out
 
+# %% ../../nbs/data/11_knowledge.ipynb #529d262c
 def extract_relations(text: str # a report, headed or not
                       ) -> dict[tuple[str, str], int]:
     "{(region, entity): +1 stated there, -1 stated not there}. Uncertain mentions and mentions without a place give none. Rules are ours, see above."

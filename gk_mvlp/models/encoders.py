@@ -12,7 +12,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -44,20 +44,26 @@ class ImageEncoder(nn.Module):
 # %% ../../nbs/models/20_encoders.ipynb #fb1ba0ba
 SPECIAL_TOKENS = {'pad_token': '[PAD]', 'unk_token': '[UNK]', 'cls_token': '[CLS]', 'sep_token': '[SEP]', 'mask_token': '[MASK]', 'bos_token': '[BOS]', 'eos_token': '[EOS]'}
 
+def _wordpiece(model: models.WordPiece) -> Tokenizer:
+    "BERT's uncased rules around a WordPiece model."
+    tok = Tokenizer(model)
+    tok.normalizer, tok.pre_tokenizer, tok.decoder = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    return tok
+
 def train_tokenizer(texts: Iterable[str], # training texts only
                     vocab_size: int = 2000,
                     min_frequency: int = 2
                     ) -> PreTrainedTokenizerFast:
-    "A WordPiece tokenizer learnt from `texts`; the same texts give the same vocabulary."
+    "A WordPiece tokenizer learnt from `texts`; the same texts give the same vocabulary, in any order."
     texts = sorted(t for t in texts if t.strip())
     if not texts: raise GKError('no text to learn a vocabulary from', 'Give training reports or a pre-trained tokenizer.')
-    tok = Tokenizer(models.WordPiece(unk_token='[UNK]', max_input_chars_per_word=64))
-    tok.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tok.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tok.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False))
-    tok.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=[('[CLS]', tok.token_to_id('[CLS]')), ('[SEP]', tok.token_to_id('[SEP]'))])
-    from tokenizers import decoders
-    tok.decoder = decoders.WordPiece()
+    tok, special = _wordpiece(models.WordPiece(unk_token='[UNK]')), list(SPECIAL_TOKENS.values())
+    # The trainer numbers '##x' pieces in hash order, and ties in pair counts fall by number: unless every letter has its number
+    # beforehand, each call gives another vocabulary.
+    letters = sorted({c for t in texts for w, _ in tok.pre_tokenizer.pre_tokenize_str(tok.normalizer.normalize_str(t)) for c in w})
+    tok.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special + letters + [f'##{c}' for c in letters], show_progress=False))
+    tok = _wordpiece(models.WordPiece(tok.get_vocab(), unk_token='[UNK]', max_input_chars_per_word=64))
+    tok.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=[(t, tok.token_to_id(t)) for t in ('[CLS]', '[SEP]')])
     return PreTrainedTokenizerFast(tokenizer_object=tok, **SPECIAL_TOKENS)
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:

@@ -141,7 +141,7 @@ def run_notebook(notebook: str | Path, run_dir: str | Path, params: dict, progre
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
-                pm.execute_notebook(str(notebook), str(out), parameters=params, kernel_name='python3', progress_bar=progress, log_output=False, cwd=str(project_root()))
+                pm.execute_notebook(str(notebook), str(out), parameters=params, kernel_name='python3', language='python', progress_bar=progress, log_output=False, cwd=str(project_root()))
         except pm.PapermillExecutionError as err: raise GKError(_complaint(err, out)) from err
         if not (run_dir/'metrics.json').is_file(): raise GKError(f'{notebook}: the run wrote no metrics.json', f'Its last cell must call end_run. See {out}.')
         write_json(run_dir/'env.json', environment(time.time() - start))
@@ -167,3 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f'done   {label} in {time.time() - start:.0f} s', flush=True)
     return 0
+
+# %% ../../nbs/study/60_run.ipynb #313f4726
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
