@@ -64,7 +64,7 @@ rule tables:
     shell: RUN
 
 rule figures:
-    input: CLASSIFICATION, f"{DETECTOR}/metrics.json", nb="nbs/paper/91_figures.ipynb", lib=stage_sources("paper")
+    input: rules.tables.output, nb="nbs/paper/91_figures.ipynb", lib=stage_sources("paper")
     output: f"{RUNS}/figures/metrics.json"
     params: label="figures", p=given(runs=RUNS, results=RESULTS)
     shell: RUN

@@ -90,9 +90,9 @@ SCENARIOS: dict[str, tuple[float, dict[str, float]]] = {
 
 # %% ../../nbs/data/14_phantom.ipynb #cc0c3df2
 CONTRAST: dict[str, tuple[float, float]] = {     # optical depth added (or, for shapes, the change of shape) at severity 0 and 1
-    'lung opacity': (.16, .55), 'consolidation': (.45, 1.0), 'pneumonia': (.35, .95), 'atelectasis': (.35, .85), 'pulmonary edema': (.05, .36),
-    'pleural effusion': (.55, .95), 'pneumothorax': (.18, .42), 'cardiomegaly': (.025, .13), 'nodule': (.45, .95), 'mass': (.35, .85), 'hyperinflation': (.18, .85),
-    'fibrosis': (.30, .85), 'pleural thickening': (.35, .80), 'fracture': (.50, 1.1), 'hiatal hernia': (.40, .90), 'mediastinal widening': (.008, .032),
+    'lung opacity': (.16, .55), 'consolidation': (.45, 1.0), 'pneumonia': (.35, .95), 'atelectasis': (.35, .85), 'pulmonary edema': (.03, .30),
+    'pleural effusion': (.55, .95), 'pneumothorax': (.18, .42), 'cardiomegaly': (.025, .13), 'nodule': (.50, 1.05), 'mass': (.35, .85), 'hyperinflation': (.18, .85),
+    'fibrosis': (.30, .85), 'pleural thickening': (.45, 1.0), 'fracture': (.50, 1.1), 'hiatal hernia': (.55, 1.2), 'mediastinal widening': (.005, .026),
     'granuloma': (1.0, 2.0), 'support device': (.55, 1.3)}
 
 OPACITY_CHILDREN = ('consolidation', 'pneumonia')   # the rule: who has one of these has the label 'lung opacity' too; no other finding implies another
@@ -193,7 +193,7 @@ def _draw_body(p: np.random.Generator, s: np.random.Generator, ap: bool, visit: 
             for side in f.sides: domes[side] -= .035 * f.severity * contrast
     ctr = min(ctr, .498) * (1 - .08 * over) * (1.07 if ap else 1.) + _effect(findings, 'cardiomegaly') * contrast
     return Body(sex, age, habitus, 'AP' if ap else 'PA', 'good' if deep > -.012 else 'moderate' if deep > -.045 else 'poor', float(W), float(apex), domes,
-                float(np.clip(drop, .07, .13) * (1 - .62 * over)), float(ctr), float(med * (1.08 if ap else 1.) + _effect(findings, 'mediastinal widening') * contrast),
+                float(np.clip(drop, .07, .13) * (1 - .62 * over)), float(ctr), float(max(.034, med * (1.12 if ap else 1.) + s.normal(0, .004)) + _effect(findings, 'mediastinal widening') * contrast),
                 float(carina), float(max(aorta, .022)), .02 + .028 * (h + 1) + float(p.uniform(0, .02)), float(breast), float(ribs), float(rib0), bone,
                 float(np.clip(1.0 + s.normal(0, .05) + .16 * over, .8, 1.3)), float(p.uniform(.3, 1.)),
                 float(np.deg2rad(s.normal(0, 1.4 + .8 * ap))), float(s.normal(0, .012)), float(s.normal(0, .010)), float(s.normal(.985, .025)),
@@ -388,7 +388,8 @@ def _compose(c: Canvas, fracture: Finding | None = None, amount: float = 0.) -> 
     D += .55 * knob + .20 * descend
     D -= .44 * _airways(c)
     hx = {s: np.exp(-.5 * (((c.x - x) / .026) ** 2 + ((c.y - y) / .042) ** 2)) for s, (x, y) in c.hilum.items()}
-    D += .40 * (hx['right'] + hx['left']) + .40 * c.vessel
+    full = np.clip(1 + .30 * c.clutter * c.rng.standard_normal(), .4, 1.9)                 # vessels differ in fullness without being diseased
+    D += .40 * full * (hx['right'] + hx['left']) + .40 * full * c.vessel
     D += _bones(c, fracture, amount)
     below = _ramp(c.y - c.floor, .012)                                                     # abdomen: the liver is denser than the bowel
     D += below * (.22 * _ramp(.02 - c.x, .10) + .10 * c.clutter * c.noise(9) * (c.x > -.02))
@@ -462,12 +463,12 @@ def _pneumothorax(c: Canvas, f: Finding, a: float) -> np.ndarray:
     inside = c.edge - w * _ramp(low - c.y, .30)
     free = _ramp(-inside, .008) * c.lung[side]
     line = _ramp(.004 - np.abs(inside), .008) * c.lung[side] * _ramp(low - c.y, .15)
-    return -a * free * (.5 + .5 * _ramp(c.edge, .03)) - .42 * c.vessel * free + .55 * a * line + .10 * f.severity * c.lung[side] * (1 - free)
+    return -a * free * (.5 + .5 * _ramp(c.edge, .03)) - min(.42, 2 * a) * c.vessel * free + .55 * a * line + .3 * a * f.severity * c.lung[side] * (1 - free)
 
 def _nodule(c: Canvas, f: Finding, a: float) -> np.ndarray:
     out = np.zeros_like(c.x)
     for k in range(1 + int(f.shape[3] > .7) + int(f.shape[3] > .9)):
-        x, y = _spot(c, f, f.places[0], k if k else 0); rad = .015 + .015 * f.shape[4]
+        x, y = _spot(c, f, f.places[0], k if k else 0); rad = .018 + .015 * f.shape[4]
         out += np.clip(_ellipse(c, x, y, rad, rad * (.85 + .3 * f.shape[5])), 0, 1) ** .5
     return a * out
 
@@ -497,7 +498,7 @@ def _fracture(c: Canvas, f: Finding, a: float) -> np.ndarray:
 def _hernia(c: Canvas, f: Finding, a: float) -> np.ndarray:
     rad = .045 + .035 * f.severity; x, y = .015 + .03 * f.shape[0], c.body.dome['left'] - .045 - .2 * rad
     g = _ellipse(c, x, y, 1.1 * rad, rad); level = _ramp(y - .15 * rad - c.y, .01)
-    return a * np.clip(g, 0, 1) ** .4 - (1.1 * a + .25) * level * np.clip(_ellipse(c, x, y, .95 * rad, .85 * rad), 0, 1) ** .5
+    return a * np.clip(g, 0, 1) ** .4 - 1.6 * a * level * np.clip(_ellipse(c, x, y, .95 * rad, .85 * rad), 0, 1) ** .5
 
 def _granuloma(c: Canvas, f: Finding, a: float) -> np.ndarray:
     out = np.zeros_like(c.x)
@@ -543,10 +544,10 @@ _PAINT: dict[str, Callable] = {'lung opacity': _opacity, 'consolidation': _conso
     'pleural effusion': _effusion, 'pneumothorax': _pneumothorax, 'nodule': _nodule, 'mass': _mass, 'fibrosis': _fibrosis, 'pleural thickening': _thickening,
     'fracture': _fracture, 'hiatal hernia': _hernia, 'granuloma': _granuloma, 'support device': _device}
 
-# %% ../../nbs/data/14_phantom.ipynb #28cfa9d6
-def _film(c: Canvas, D: np.ndarray, noise: float) -> np.ndarray:
+# %% ../../nbs/data/14_phantom.ipynb #b288c6d6
+def _film(c: Canvas, D: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
     "uint8 [n, n] from optical depth: scatter, quantum noise, logarithm, window, collimation."
-    b, rng = c.body, c.rng
+    b = c.body
     scatter = {'thin': .16, 'average': .22, 'large': .30}[b.habitus] + .05 * (b.view == 'AP'); photons = {'thin': 30e3, 'average': 22e3, 'large': 14e3}[b.habitus]
     I = np.exp(-D); pool, spread = _blur(.055, c.n)
     I = (1 - scatter) * I + scatter * .8 * (spread @ (pool @ I @ pool.T) @ spread.T)
@@ -568,6 +569,7 @@ class Rendering:
 
 def render(body: Body, findings: list[Finding], size: int, rng: np.random.Generator, noise: float = 1., clutter: float = 1., contrast: float = 1.) -> Rendering:
     "Draw `findings` into `body`: optical depths add up, then the film is exposed. Findings of shape are already in `body`."
+    film = np.random.default_rng(int(rng.integers(2 ** 62)))             # its own stream: a finding does not change the noise elsewhere
     c = Canvas(body, size, rng, clutter); broken = _side_findings(findings, 'fracture')
     D = _compose(c, broken, min(1., (.35 + .65 * broken.severity) * contrast) if broken else 0.)
     changes: list[np.ndarray | None] = []
@@ -575,7 +577,7 @@ def render(body: Body, findings: list[Finding], size: int, rng: np.random.Genera
         paint = _PAINT.get(f.entity)
         changes.append(None if paint is None else paint(c, f, float(np.interp(f.severity, (0, 1), CONTRAST[f.entity])) * contrast))
         if changes[-1] is not None: D = D + changes[-1]
-    return Rendering(_film(c, np.maximum(D, 0), noise), c, changes, D)
+    return Rendering(_film(c, np.maximum(D, 0), noise, film), c, changes, D)
 
 # %% ../../nbs/data/14_phantom.ipynb #cfabf20a
 Box = tuple[float, float, float, float]
@@ -590,10 +592,9 @@ def _clip(x0: float, y0: float, x1: float, y1: float, least: float = .012) -> Bo
 
 def _mask_box(mask: np.ndarray) -> Box | None:
     "Tight box of the true pixels, None if there are none."
-    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(ys): return None
-    n = mask.shape[0]
-    return _clip(xs[0] / n, ys[0] / n, (xs[-1] + 1) / n, (ys[-1] + 1) / n)
+    ys, xs, n = mask.any(1), mask.any(0), mask.shape[0]
+    if not ys.any(): return None
+    return _clip(int(xs.argmax()) / n, int(ys.argmax()) / n, 1 - int(xs[::-1].argmax()) / n, 1 - int(ys[::-1].argmax()) / n)
 
 def _points_box(c: Canvas, *corners: tuple[float, float]) -> Box:
     "Box in the picture of points given in body coordinates."
@@ -934,7 +935,7 @@ def _read_cache(folder: Path, config: PhantomConfig) -> list[Study] | None:
         if images.shape != (config.n, config.size, config.size) or images.dtype != np.uint8: return None
         if zlib.crc32(lines) != meta['studies_crc'] or zlib.crc32(images) != meta['images_crc']: return None
         rows = [json.loads(r) for r in lines.decode('utf-8').splitlines()]
-    except (OSError, ValueError, KeyError, TypeError): return None
+    except (OSError, EOFError, ValueError, KeyError, TypeError): return None
     return [study_from_dict(r, images[i]) for i, r in enumerate(rows)] if len(rows) == config.n else None
 
 # %% ../../nbs/data/14_phantom.ipynb #ddcfa76a
@@ -957,12 +958,12 @@ def _make_all(config: PhantomConfig, progress: bool, workers: int) -> Iterable[S
         with ProcessPoolExecutor(workers) as pool: yield from bar(pool.map(partial(make_study, config), range(config.n), chunksize=16))
 
 def load_phantom(config: PhantomConfig, # which phantom
-                 cache_dir: str | os.PathLike | None = None, # parent of the cache folders; `<root>/runs/phantom` (or under `GK_MVLP_OUT`)
+                 cache_dir: str | os.PathLike | None = None, # parent of the cache folders; `<root>/runs/.phantom` (or under `GK_MVLP_OUT`)
                  progress: bool = True, # show a bar while making
                  workers: int = 1 # processes; the result does not depend on it
                  ) -> list[Study]:
     "All studies of a phantom with their splits, from the cache or made now. Pictures are read-only memory-mapped arrays."
-    parent = Path(cache_dir) if cache_dir is not None else runs_dir()/'phantom'
+    parent = Path(cache_dir) if cache_dir is not None else runs_dir()/'.phantom'
     folder = parent/cache_name(config)
     if (studies := _read_cache(folder, config)) is not None: return studies
     parent.mkdir(parents=True, exist_ok=True)

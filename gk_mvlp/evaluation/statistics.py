@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from scipy.stats import norm, rankdata, t as student
+from scipy.stats import norm, t as student
 
-from .metrics import UndefinedMetric, check_binary
+from .metrics import UndefinedMetric, check_binary, midranks
 from ..paths import GKError
 
 # %% ../../nbs/evaluation/51_statistics.ipynb #178a3523
@@ -135,7 +135,7 @@ def permutation_test(metric_fn: Callable[..., float], # metric_fn(y, s)
     "Two-sided p = (1 + #(|d*| >= |d|)) / (n + 1) of the paired permutation test that swaps methods per patient."
     _options(n_perm); y, s_a, s_b = _same_length((y, s_a, s_b), groups); sampler = PatientSampler(groups)
     if s_a.shape != s_b.shape: raise GKError(f'scores {s_a.shape} and {s_b.shape} differ in shape', 'Compare methods on the same studies.')
-    if ranks: check_binary(y, s_a); check_binary(y, s_b); s_a, s_b = rankdata(s_a), rankdata(s_b)
+    if ranks: check_binary(y, s_a); check_binary(y, s_b); s_a, s_b = midranks(s_a), midranks(s_b)
     observed = abs(float(metric_fn(y, s_b)) - float(metric_fn(y, s_a)))
     rng, count = np.random.default_rng(seed), 0
     for _ in range(n_perm):
@@ -160,8 +160,8 @@ def delong(y: np.ndarray, s_a: np.ndarray, s_b: np.ndarray # [N] labels 0/1 and 
     (yb, a), (_, b) = check_binary(y, s_a), check_binary(y, s_b)
     n1, n0 = int(yb.sum()), int((~yb).sum())
     if n1 < 2 or n0 < 2: raise UndefinedMetric(f'DeLong needs two of each class: {n1} positive, {n0} negative', 'Use a larger test set.')
-    v10 = np.stack([(rankdata(s)[yb] - rankdata(s[yb])) / n0 for s in (a, b)])
-    v01 = np.stack([1 - (rankdata(s)[~yb] - rankdata(s[~yb])) / n1 for s in (a, b)])
+    v10 = np.stack([(midranks(s)[yb] - midranks(s[yb])) / n0 for s in (a, b)])
+    v01 = np.stack([1 - (midranks(s)[~yb] - midranks(s[~yb])) / n1 for s in (a, b)])
     auc, cov = v10.mean(1), np.cov(v10) / n1 + np.cov(v01) / n0
     var, diff = float(max(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1], 0)), float(auc[1] - auc[0])
     if var < 1e-15:

@@ -93,11 +93,13 @@ def paired_iou(a: Tensor, b: Tensor) -> Tensor:
 
 def pool_regions(maps: Tensor, # [B, C, h, w]
                  boxes: Tensor, # [B, R, 4], 0..1
-                 size: int) -> Tensor:
+                 size: int, # bins along each side
+                 samples: int = 2 # points along each side of a bin
+                 ) -> Tensor:
     "RoIAlign: [B, R, C, size, size]."
     b, r = boxes.shape[:2]
     scale = boxes.new_tensor([maps.shape[3], maps.shape[2]] * 2)
-    out = roi_align(maps, list((boxes * scale).to(maps.dtype)), size, sampling_ratio=2, aligned=True)
+    out = roi_align(maps, list((boxes * scale).to(maps.dtype)), size, sampling_ratio=samples, aligned=True)
     return out.view(b, r, *out.shape[1:])
 
 # %% ../../nbs/models/21_detector.ipynb #d40ced04
@@ -112,12 +114,13 @@ class _Stage(nn.Module):
 
     def forward(self, maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         grow = torch.tensor([0., 0., math.log(1.5), math.log(1.5)], device=boxes.device).expand_as(boxes)
-        seen = pool_regions(maps, move_boxes(boxes, grow), 5).flatten(2)
+        seen = pool_regions(maps, move_boxes(boxes, grow), 5, samples=1).flatten(2)     # RoIAlign's backward pass is the dearest part of a step
         whole = F.adaptive_avg_pool2d(maps, 4).flatten(1)[:, None]
         h = F.relu(self.local(seen) + self.context(whole) + self.region)
         out = torch.einsum('brh,rho->bro', h, self.out) + self.bias
-        return move_boxes(boxes, out[..., :4].float()), out[..., 4].float()
+        return move_boxes(boxes, out[..., :4].float()), 8 * out[..., 4].float()      # 8: a logit has further to go than a shift
 
+# %% ../../nbs/models/21_detector.ipynb #55d4b481
 class PriorHead(nn.Module):
     "29 boxes that start at a prior and are moved twice."
     def __init__(self, dim: int, hidden: int = 128, stages: int = 2):
@@ -174,8 +177,8 @@ class FasterRCNNHead(nn.Module):
         logits, delta = self.roi_heads.box_predictor(self.roi_heads.box_head(self.roi_heads.box_roi_pool(features, proposals, images.image_sizes)))
         boxes, counts = self.roi_heads.box_coder.decode(delta, proposals), [len(p) for p in proposals]
         best = [p.max(0) for p in logits.softmax(-1)[:, 1:].split(counts)]
-        pick = torch.stack([b[1:].gather(0, m.indices[None, :, None].expand(1, -1, 4))[0] if False else b[m.indices, torch.arange(1, NUM_REGIONS + 1, device=b.device)]
-                            for b, m in zip(boxes.split(counts), best, strict=True)])
+        classes = torch.arange(1, NUM_REGIONS + 1, device=boxes.device)
+        pick = torch.stack([b[m.indices, classes] for b, m in zip(boxes.split(counts), best, strict=True)])
         return [pick / self.image_size], torch.stack([m.values for m in best]).logit(eps=1e-6)
 
 # %% ../../nbs/models/21_detector.ipynb #19b4f344
@@ -191,6 +194,7 @@ class RegionDetector(nn.Module):
         s = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (1, s, s) or not images.is_floating_point():
             raise GKError(f'the detector got {images.dtype} {list(images.shape)}', f'Give float [B, 1, {s}, {s}] from to_float.')
+        if not len(images): raise GKError('the detector got no picture', 'Give at least one.')
 
     def forward(self, images: Tensor, # float [B, 1, S, S] from `to_float`
                 boxes: Tensor, # [B, 29, 4] xyxy, 0..1
@@ -215,9 +219,9 @@ class RegionDetector(nn.Module):
             features = pool_regions(maps, boxes, 4).mean((-2, -1)).float() * valid[..., None]
             parts.append((boxes, scores, valid, features))
         self.train(was)
-        if not parts: raise GKError('the detector got no picture', 'Give at least one.')
         return {k: torch.cat(v).to(images.device) for k, v in zip(('boxes', 'scores', 'valid', 'features'), zip(*parts, strict=True), strict=True)}
 
+# %% ../../nbs/models/21_detector.ipynb #c21b1488
 def detection_loss(model: nn.Module, # a `RegionDetector`, wrapped or not
                    batch: dict[str, Tensor] # images, boxes, valid
                    ) -> dict[str, Tensor]:

@@ -263,8 +263,8 @@ def classification_metrics(predictions: pd.DataFrame) -> dict:
     "Flat test metrics: `<method>/<protocol>/macro_auroc` and the number of classes it covers."
     out = {}
     for (m, p), f in predictions[predictions['split'] == 'test'].groupby(['method', 'protocol'], sort=False):
-        t = scores_by_class(f)
-        out |= {f'{m}/{p}/macro_auroc': macro(t)['auroc'], f'{m}/{p}/classes': int(t['auroc'].notna().sum()), f'{m}/{p}/n': int(f['study_id'].nunique())}
+        mean = macro(scores_by_class(f))
+        out |= {f'{m}/{p}/macro_auroc': float(mean['mean']), f'{m}/{p}/classes': int(mean['n_defined']), f'{m}/{p}/n': int(f['study_id'].nunique())}
     return out
 
 def show_roc(predictions: pd.DataFrame) -> plt.Axes:

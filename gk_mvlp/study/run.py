@@ -26,6 +26,7 @@ from pathlib import Path
 
 import nbformat
 import yaml
+from nbclient.exceptions import DeadKernelError
 
 from ..config import check_params
 from ..paths import GKError, atomic_write, project_root, read_text, runs_dir, write_json
@@ -85,7 +86,7 @@ def begin_run(out: str, # run folder; '' = runs/interactive/<stage>
     if old is not None and old != config:
         print(f'{folder.name}: an earlier run had other {", ".join(k for k in config if old.get(k) != config[k])}; starting anew')
         for p in folder.iterdir():
-            if p.name in ('.lock', 'run.ipynb'): continue
+            if p.name in ('.lock', 'run.ipynb', 'kernel.log'): continue
             shutil.rmtree(p) if p.is_dir() else p.unlink()
     write_json(path, config)
     return folder
@@ -122,6 +123,16 @@ def _locked(folder: Path):
             fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
+@contextmanager
+def _kernel_log(path: Path):
+    "Send what the kernel's process writes to its standard error into a file: its start-up notes are noise here, its last words before a crash are not."
+    saved = os.dup(2)
+    try:
+        with open(path, 'wb') as f: os.dup2(f.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2); os.close(saved)
+
 def _complaint(err, out: Path) -> str:
     "One line for a failed cell."
     what = re.sub(r'\x1b\[[0-9;]*m', '', ' '.join(str(err.evalue).split()))
@@ -139,10 +150,11 @@ def run_notebook(notebook: str | Path, run_dir: str | Path, params: dict, progre
     with _locked(run_dir):
         (run_dir/'metrics.json').unlink(missing_ok=True)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _kernel_log(run_dir/'kernel.log'):
                 warnings.simplefilter('ignore')
                 pm.execute_notebook(str(notebook), str(out), parameters=params, kernel_name='python3', language='python', progress_bar=progress, log_output=False, cwd=str(project_root()))
         except pm.PapermillExecutionError as err: raise GKError(_complaint(err, out)) from err
+        except (DeadKernelError, RuntimeError) as err: raise GKError(f'{notebook}: its kernel died ({" ".join(str(err).split())[:120]})', f'Often too little memory: lower the batch size. See {run_dir}/kernel.log. The same command continues from the last checkpoint.') from err
         if not (run_dir/'metrics.json').is_file(): raise GKError(f'{notebook}: the run wrote no metrics.json', f'Its last cell must call end_run. See {out}.')
         write_json(run_dir/'env.json', environment(time.time() - start))
     return out
