@@ -30,7 +30,6 @@ from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss, roi_al
 
 from ..data.anatomy import NUM_REGIONS, REGIONS
 from ..data.images import BLACK, augment, to_float
-from ..data.study import Study
 from ..paths import GKError, atomic_write, read_text, write_json
 from ..training.trainer import TrainConfig, Trainer, step_generator
 
