@@ -1,0 +1,173 @@
+"The whole study once, as a reader would call it: outputs, provenance, a no-op second call, a killed and continued job, broken inputs."
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from gk_mvlp.config import load_preset
+from gk_mvlp.evaluation.metrics import auroc
+from gk_mvlp.paths import GKError
+from gk_mvlp.study import collect
+from gk_mvlp.study.launch import classification_jobs
+
+BIN = Path(sys.executable).parent
+
+
+def paper(out, *args, **env):
+    env = os.environ | {'GK_MVLP_OUT': str(out), 'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}'} | env
+    return subprocess.run([str(BIN/'gk-mvlp'), 'paper', '--preset', 'smoke', '--cores', '2', *args], capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope='module')
+def study(tmp_path_factory):
+    "A finished smoke study: (folder, output of the command)."
+    out = tmp_path_factory.mktemp('study')
+    r = paper(out)
+    assert r.returncode == 0, r.stdout + r.stderr
+    return out, r.stdout
+
+
+def test_everything_is_there(study):
+    out, said = study
+    p = load_preset('smoke')
+    results = out/'paper_results/smoke'
+    for name in ('classification', 'comparisons', 'detector'):
+        for kind in ('csv', 'md', 'tex'): assert (results/f'tables/{name}.{kind}').stat().st_size > 0
+    for name in ('losses', 'roc', 'low_data', 'regions', 'grounding'):
+        assert (results/f'figures/{name}.pdf').stat().st_size > 0
+        picture = np.asarray(Image.open(results/f'figures/{name}.png').convert('L'))
+        assert picture.std() > 5, f'{name} is not blank'
+    runs = [out/'runs/smoke/classification'/j for j in classification_jobs(p)] + [out/'runs/smoke/detector', out/'runs/smoke/pretrain/gk-s0', out/'runs/smoke/pretrain/itc_itm_lm-s0']
+    for r in runs:
+        assert {'run.ipynb', 'config.json', 'metrics.json', 'env.json'} <= {f.name for f in r.iterdir()}, r
+        nb = nbformat.read(r/'run.ipynb', as_version=4)
+        assert nb.metadata.papermill.exception is None and nb.metadata.papermill.end_time
+    assert 'tables/, figures/ and manifest.json' in said and 'Classification (AUROC' in said
+
+
+def test_the_table_is_recomputed_from_predictions(study):
+    "The mean of a cell equals the metric of the saved predictions, computed another way."
+    out, _ = study
+    table = pd.read_csv(out/'paper_results/smoke/tables/classification.csv')
+    assert {'task', 'dataset', 'method', 'ratio', 'metric', 'mean', 'low', 'high', 'seeds', 'n'} <= set(table.columns)
+    assert {'constant', 'pixels', 'scratch', 'itc_itm_lm', 'gk', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts'} <= set(table['method'])
+    for r in table.itertuples():
+        f = pd.read_parquet(out/'runs/smoke'/r.runs.split()[0]/'predictions.parquet')
+        f = f[(f['split'] == 'test') & (f['method'] == r.method) & (f['protocol'] == r.protocol)].dropna(subset=['y'])
+        each = [auroc(g['y'].to_numpy(), g['score'].to_numpy()) for _, g in f.groupby('label') if g['y'].nunique() == 2]
+        assert np.isclose(np.mean(each), r.mean, atol=1e-5) and r.low <= r.mean + 1e-9 and r.mean <= r.high + 1e-9 and r.n == f['study_id'].nunique()
+    assert np.allclose(table.loc[table['method'] == 'constant', ['mean', 'low', 'high']], .5)
+
+
+def test_test_patients_are_new(study):
+    "No patient of the validation or test predictions is in the training subset."
+    out, _ = study
+    for j in classification_jobs(load_preset('smoke')):
+        r = out/'runs/smoke/classification'/j
+        f = pd.read_parquet(r/'predictions.parquet')
+        train = {s.split('-')[0] for s in json.loads((r/'subset.json').read_text())['study_ids']}
+        groups = {k: set(g['study_id']) for k, g in f.groupby('split')}
+        assert not groups['val'] & groups['test'] and not set(json.loads((r/'subset.json').read_text())['study_ids']) & (groups['val'] | groups['test'])
+        patients = {k: set(g['subject_id']) for k, g in f.groupby('split')}
+        assert not patients['val'] & patients['test'] and train
+
+
+def test_subsets_are_nested(study):
+    out, _ = study
+    ids = {r: set(json.loads((out/f'runs/smoke/classification/phantom-gk-r{r}-s0/subset.json').read_text())['study_ids']) for r in (10, 100)}
+    other = set(json.loads((out/'runs/smoke/classification/phantom-scratch-r10-s0/subset.json').read_text())['study_ids'])
+    assert ids[10] < ids[100] and ids[10] == other, 'every method gets the same labels'
+
+
+def test_the_manifest_ties_files_to_runs(study):
+    out, _ = study
+    results, m = out/'paper_results/smoke', json.loads((out/'paper_results/smoke/manifest.json').read_text())
+    files = {str(p.relative_to(results)) for p in results.rglob('*') if p.is_file() and p.name != 'manifest.json'}
+    assert files == {a['path'] for a in m['artefacts']}
+    for a in m['artefacts']:
+        assert hashlib.sha256((results/a['path']).read_bytes()).hexdigest() == a['sha256']
+        assert a['runs'] and set(a['runs']) <= set(m['runs'])
+    for r in m['runs'].values(): assert r['notebook'] and r['code'] and r['seconds'] > 0 and 'commit' in r
+    assert all(r['data_fingerprint'] for n, r in m['runs'].items() if n.startswith(('pretrain', 'classification', 'detector')))
+
+
+def test_a_table_with_a_hole_is_refused(study, tmp_path):
+    out, _ = study
+    runs = shutil.copytree(out/'runs/smoke', tmp_path/'smoke', ignore=shutil.ignore_patterns('model', '*.ckpt', 'tensorboard'))
+    (runs/'classification/phantom-gk-r10-s0/metrics.json').unlink()
+    with pytest.raises(GKError, match='not finished'): collect.finished_runs(runs/'classification')
+    with pytest.raises(GKError, match='not a finished run'): collect.build_manifest(runs, out/'paper_results/smoke')
+
+
+def test_a_second_call_does_nothing(study):
+    out, _ = study
+    before = {p: p.stat().st_mtime_ns for p in out.rglob('*') if p.is_file() and not p.name.startswith('.')}
+    start = time.time()
+    r = paper(out)
+    assert r.returncode == 0, r.stderr
+    after = {p: p.stat().st_mtime_ns for p in out.rglob('*') if p.is_file() and not p.name.startswith('.')}
+    assert before == after and 'start ' not in r.stdout and time.time() - start < 60
+
+
+def test_one_study_at_a_time(study):
+    import fcntl
+    out, _ = study
+    with open(out/'runs/smoke/.study.lock', 'w') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        r = paper(out)
+    assert r.returncode == 1 and 'already running' in r.stderr
+
+
+def test_a_killed_job_continues_to_the_same_weights(study, tmp_path):
+    "kill -9 in the middle of pre-training, then the same command: bit-identical to the run that was left alone."
+    out, _ = study
+    run = tmp_path/'runs/smoke/pretrain/gk-s0'
+    params = json.dumps({'preset': 'smoke', 'objective': 'gk', 'seed': 0, 'detector': str(out/'runs/smoke/detector')})
+    command = [sys.executable, '-m', 'gk_mvlp.study.run', 'nbs/experiments/71_pretrain.ipynb', str(run), '--params', params]
+    env = os.environ | {'GK_MVLP_OUT': str(tmp_path), 'OMP_NUM_THREADS': '1'}
+    p = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 240
+    while not (run/'last.ckpt').exists() and time.time() < deadline and p.poll() is None: time.sleep(.05)
+    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    assert (run/'last.ckpt').exists() and not (run/'metrics.json').exists(), 'killed between a checkpoint and the end'
+    subprocess.run(['pkill', '-9', '-f', str(run)], check=False)
+    again = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    epochs = pd.read_csv(run/'history.csv')['epoch'].tolist()
+    assert epochs == list(range(1, len(epochs) + 1))
+    a, b = ((r/'model/model.safetensors').read_bytes() for r in (run, out/'runs/smoke/pretrain/gk-s0'))
+    assert a == b
+
+
+def copy_of_real_data(real_data, tmp_path):
+    "The tables and pictures of covid_chestxray, to be damaged."
+    root = tmp_path/'data'
+    shutil.copytree(real_data/'covid_chestxray', root/'covid_chestxray')
+    for p in root.rglob('*'): p.chmod(p.stat().st_mode | 0o200)
+    return root
+
+
+@pytest.mark.parametrize('damage, says', [('picture', '.jpg'), ('encoding', 'metadata.csv: not UTF-8'), ('column', 'clinical_notes'), ('folder', 'covid_chestxray')])
+def test_damaged_data_is_one_line(real_data, tmp_path, damage, says):
+    root = copy_of_real_data(real_data, tmp_path)
+    table = root/'covid_chestxray/metadata.csv'
+    if damage == 'picture':
+        p = sorted((root/'covid_chestxray/images').glob('*.jpg'))[3]; p.write_bytes(p.read_bytes()[:900])
+    elif damage == 'encoding': table.write_bytes(table.read_bytes().replace(b'fever', 'fièvre'.encode('latin1'), 1))
+    elif damage == 'column': table.write_text(table.read_text(encoding='utf-8').replace('clinical_notes', 'notes', 1), encoding='utf-8')
+    else: shutil.rmtree(root/'covid_chestxray')
+    params = json.dumps({'preset': 'public', 'data': str(root), 'objective': 'gk', 'seed': 0})
+    r = subprocess.run([sys.executable, '-m', 'gk_mvlp.study.run', 'nbs/experiments/71_pretrain.ipynb', str(tmp_path/'run'), '--params', params], capture_output=True, text=True)
+    lines = r.stderr.strip().splitlines()
+    assert r.returncode == 1 and len(lines) == 1 and says in lines[0] and 'Traceback' not in r.stdout + r.stderr, r.stderr
