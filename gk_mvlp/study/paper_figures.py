@@ -19,7 +19,7 @@ from ..config import Preset
 from ..models.gk_mvlp import GKMVLP
 from ..paths import GKError, read_text
 from .experiments import LOSSES, cache_dir, detect, load_detector, load_studies
-from .figures import plot_grounding, plot_low_data, plot_regions, plot_roc, save_figure
+from .figures import METHOD_COLOURS, plot_grounding, plot_low_data, plot_regions, plot_roc, save_figure
 from .launch import pretrained
 from ..training.batches import StudySet, load_pictures, true_regions
 
@@ -57,7 +57,7 @@ def losses(self: FigureJob) -> plt.Figure:
     keys = [k for k in LOSSES if k in set(d['loss'])]
     fig, axes = plt.subplots(1, len(keys), figsize=(2.9 * len(keys), 2.7), squeeze=False)
     for ax, k in zip(axes[0], keys, strict=True):
-        sns.lineplot(d[d['loss'] == k], x='epoch', y='value', hue='method', hue_order=self.objectives(), style='split', style_order=['validation', 'training'], errorbar=('pi', 100), palette='colorblind', ax=ax, legend=k == keys[-1])
+        sns.lineplot(d[d['loss'] == k], x='epoch', y='value', hue='method', hue_order=self.objectives(), style='split', style_order=['validation', 'training'], errorbar=('pi', 100), palette=METHOD_COLOURS, ax=ax, legend=k == keys[-1])
         ax.axhline(start[k], color='grey', ls=':', lw=1)
         ax.set(title=k.upper(), ylabel='loss' if k == keys[0] else '')
     sns.move_legend(axes[0, -1], 'center left', bbox_to_anchor=(1, .5), frameon=False, fontsize=7)

@@ -52,9 +52,9 @@ def notebook_parameters(path: str | Path) -> dict[str, type]:
 
 # %% ../../nbs/study/60_run.ipynb #79bc01fb
 STAGE_PACKAGES: dict[str, tuple[str, ...]] = {
-    'detector': ('data', 'training/checkpoint', 'training/trainer', 'models/detector'),
-    'pretrain': ('data', 'models', 'training'),
-    'classification': ('data', 'models', 'training', 'tasks', 'evaluation/metrics'),
+    'detector': ('data', 'training/checkpoint', 'training/trainer', 'models/detector', 'study/experiments'),
+    'pretrain': ('data', 'models', 'training', 'study/experiments'),
+    'classification': ('data', 'models', 'training', 'tasks', 'study/experiments'),
     'paper': ('evaluation', 'study')}
 
 def stage_sources(stage: str) -> list[str]:
