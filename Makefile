@@ -8,7 +8,7 @@ STAMP  := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install paper plan test sync notebooks hooks lab tensorboard clean
+.PHONY: help install paper plan test sync notebooks hooks lab readme tensorboard clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ hooks: $(STAMP) ## install git hooks that keep notebooks clean and the library i
 
 lab: $(STAMP) ## open JupyterLab with the kernel of .venv
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --MultiKernelManager.default_kernel_name=python3 nbs
+
+readme: $(STAMP) ## write the generated part of README.md from paper_results
+	@$(BIN)/python scripts/update_readme.py
 
 tensorboard: $(STAMP) ## loss curves of all runs
 	@$(BIN)/tensorboard --logdir runs

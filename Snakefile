@@ -12,7 +12,7 @@ RUNS, RESULTS = config["runs"], config["results"]
 P = load_preset(PRESET)
 DETECTOR = f"{RUNS}/detector"
 PUBLISHED = expand("paper_results/published/{f}.csv", f=glob_wildcards("paper_results/published/{f}.csv").f)
-RUN = "python -m gk_mvlp.study.run {input.nb} $(dirname {output[0]}) --label {params.label:q} --params {params.p:q}"
+RUN = "OMP_NUM_THREADS={threads} python -m gk_mvlp.study.run {input.nb} $(dirname {output[0]}) --label {params.label:q} --params {params.p:q}"
 
 wildcard_constraints:
     objective="[a-z_]+", seed=r"\d+", dataset="[a-z_]+", method="[a-z_]+", ratio=r"[\d.]+"
@@ -35,6 +35,7 @@ rule detector:
     input: nb="nbs/experiments/70_detector.ipynb", lib=stage_sources("detector")
     output: f"{DETECTOR}/metrics.json"
     params: label="detector", p=given(seed=P.seeds[0]), settings=json.dumps([P.data, P.detector])
+    threads: workflow.cores      # it runs alone: all others wait for it
     shell: RUN
 
 rule pretrain:

@@ -12,4 +12,4 @@ bash scripts/sync.sh
 echo "== notebooks"
 OMP_NUM_THREADS=1 nbdev_test --n_workers "$cores" --timing
 echo "== pytest (it runs the smoke study once, too)"
-pytest -q -m "not slow" --durations=10 tests
+pytest -q -m "not slow" -n "$cores" --dist loadfile --durations=10 tests

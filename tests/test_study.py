@@ -171,3 +171,22 @@ def test_damaged_data_is_one_line(real_data, tmp_path, damage, says):
     r = subprocess.run([sys.executable, '-m', 'gk_mvlp.study.run', 'nbs/experiments/71_pretrain.ipynb', str(tmp_path/'run'), '--params', params], capture_output=True, text=True)
     lines = r.stderr.strip().splitlines()
     assert r.returncode == 1 and len(lines) == 1 and says in lines[0] and 'Traceback' not in r.stdout + r.stderr, r.stderr
+
+
+def test_readme_says_what_the_results_say(root):
+    r = subprocess.run([sys.executable, str(root/'scripts/update_readme.py'), '--check'], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+
+
+def test_committed_results_match_their_manifests(root):
+    "Every committed table and figure has the hash that its manifest states."
+    found = 0
+    for m in sorted((root/'paper_results').glob('*/manifest.json')):
+        for a in json.loads(m.read_text())['artefacts']:
+            p = m.parent/a['path']
+            if not p.is_file():
+                assert m.parent.name in ('public', 'smoke') and a['path'].startswith('figures/'), f'{p} is missing'
+                continue
+            found += 1
+            assert hashlib.sha256(p.read_bytes()).hexdigest() == a['sha256'], p
+    assert found or not list((root/'paper_results').glob('*/manifest.json'))
