@@ -10,7 +10,6 @@ __all__ = ['ENTITIES', 'ENTITY_NAMES', 'ENTITY_INDEX', 'NUM_ENTITIES', 'Entity',
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
 
 from .anatomy import REGIONS, side
 from ..paths import GKError

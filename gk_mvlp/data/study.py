@@ -8,7 +8,6 @@ __all__ = ['QA', 'FindingBox', 'Study', 'validate', 'study_to_dict', 'study_from
 
 # %% ../../nbs/data/12_study.ipynb #e0a4d37d
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path

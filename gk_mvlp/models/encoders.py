@@ -5,16 +5,13 @@
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'ImageEncoder', 'train_tokenizer', 'load_tokenizer', 'TextEncoder']
 
-# %% ../../nbs/models/20_encoders.ipynb #7033f9f9
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+# %% ../../nbs/models/20_encoders.ipynb #493e55b6
+from collections.abc import Iterable
 
 import timm
-import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from ..paths import GKError
 

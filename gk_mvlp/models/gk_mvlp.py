@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from ..config import from_params
-from ..data.knowledge import ENTITIES, ENTITY_INDEX, ENTITY_NAMES, prompt
+from ..data.knowledge import ENTITIES, ENTITY_NAMES, prompt
 from .encoders import ImageEncoder, TextEncoder, load_tokenizer
 from .gk_module import GKFusion, RegionEncoder, encode_unique, pool_patches
 from .losses import attention_loss, ecls_loss, hard_negatives, itc_loss, itm_loss, lm_loss

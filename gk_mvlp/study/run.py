@@ -29,7 +29,7 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 
 from ..config import check_params
-from ..paths import GKError, atomic_write, project_root, read_text, runs_dir, write_json
+from ..paths import GKError, project_root, read_text, runs_dir, write_json
 
 # %% ../../nbs/study/60_run.ipynb #0f9e30a2
 _TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool, 'dict': dict, 'list': list}

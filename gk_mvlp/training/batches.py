@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..data.anatomy import REGIONS
 from ..data.images import Frame, augment, load_square, to_float
 from ..data.study import Study
-from ..models.gk_mvlp import GKMVLP, prompt_book, prompt_numbers
+from ..models.gk_mvlp import prompt_book, prompt_numbers
 from ..paths import GKError, atomic_write
 from .trainer import step_generator
 
