@@ -7,7 +7,7 @@ from gk_mvlp.config import load_preset
 from gk_mvlp.study.launch import classification_jobs, pretrained
 from gk_mvlp.study.run import stage_sources
 
-PRESET, DATA = config["preset"], config.get("data", "")
+PRESET, DATA = config["preset"], config.get("data") or ""     # "data=" on the command line arrives as None
 RUNS, RESULTS = config["runs"], config["results"]
 P = load_preset(PRESET)
 DETECTOR = f"{RUNS}/detector"
