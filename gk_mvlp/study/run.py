@@ -95,7 +95,13 @@ def end_run(folder: Path, metrics: dict[str, float]) -> None:
     "Write metrics.json, the mark of a finished run: flat, finite numbers (an undefined metric is left out, not written as a number)."
     write_json(Path(folder)/'metrics.json', {k: (round(float(v), 6) if isinstance(v, float) else v) for k, v in metrics.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))})
 
-# %% ../../nbs/study/60_run.ipynb #a9f467f5
+# %% ../../nbs/study/60_run.ipynb #63e65269
+def _gpu_name() -> str | None:
+    "The first GPU's name, None without one; torch is imported only where there is a driver, because it takes seconds."
+    if not Path('/proc/driver/nvidia/version').exists(): return None
+    import torch
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
 def environment(seconds: float | None = None) -> dict:
     "Commit, versions, hardware and time, as env.json holds them."
     from importlib.metadata import PackageNotFoundError, version
@@ -106,11 +112,10 @@ def environment(seconds: float | None = None) -> dict:
         try: return version(n)
         except PackageNotFoundError: return None
     import psutil
-    import torch
     return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain', '--untracked-files=no')),
             'python': platform.python_version(), **{n: v(n) for n in ('gk_mvlp', 'torch', 'torchvision', 'timm', 'transformers', 'accelerate', 'papermill', 'snakemake', 'numpy', 'scikit-learn')},
             'platform': platform.platform(), 'cpus': os.cpu_count(), 'memory_gb': round(psutil.virtual_memory().total / 2**30, 1),
-            'gpu': torch.cuda.get_device_name(0) if torch.cuda.is_available() else None, 'seconds': None if seconds is None else round(seconds, 1)}
+            'gpu': _gpu_name(), 'seconds': None if seconds is None else round(seconds, 1)}
 
 # %% ../../nbs/study/60_run.ipynb #b053959c
 @contextmanager
