@@ -16,7 +16,7 @@ def root() -> Path:
 @pytest.fixture(scope='session')
 def real_data() -> Path:
     "The real public data root, or a skip that says how to give it."
-    path = Path(os.environ.get('GK_MVLP_DATA', ROOT.parent/'shared'/'data'))
+    path = Path(os.environ.get('GK_MVLP_DATA') or ROOT.parent/'shared'/'data')
     if not (path/'covid_chestxray').is_dir():
         pytest.skip(f'no real data: set GK_MVLP_DATA to a data root (looked in {path})')
     return path

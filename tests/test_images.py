@@ -3,7 +3,6 @@ import io
 import os
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -16,13 +15,6 @@ from PIL import Image, ImageFile
 from gk_mvlp.data.images import BLACK, Frame, augment, load_image, load_square, resize_pad, to_float
 from gk_mvlp.paths import GKError
 
-
-@pytest.fixture
-def real_data():
-    "The folder of real public data, or a skip."
-    p = Path(os.environ.get('GK_MVLP_DATA') or Path(__file__).resolve().parents[1].parent/'shared'/'data')
-    if not (p/'covid_chestxray').is_dir(): pytest.skip('no real data: set GK_MVLP_DATA')
-    return p
 
 def noise(h=64, w=48, seed=0): return np.random.default_rng(seed).integers(0, 256, (h, w), np.uint8)
 

@@ -1,6 +1,5 @@
 "Loaders and registry: the real collections by number, and every kind of broken input by message."
 import json
-import os
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -20,13 +19,6 @@ from gk_mvlp.data.tables import box_xywh, picture_path
 from gk_mvlp.data.vqa_rad import load_vqa_rad
 from gk_mvlp.paths import GKError
 
-
-@pytest.fixture
-def real_data():
-    "The folder of real public data, or a skip."
-    p = Path(os.environ.get('GK_MVLP_DATA') or Path(__file__).resolve().parents[1].parent/'shared'/'data')
-    if not (p/'covid_chestxray').is_dir(): pytest.skip('no real data: set GK_MVLP_DATA')
-    return p
 
 def picture(path, seed=0, size=(32, 32)):
     path.parent.mkdir(parents=True, exist_ok=True)
