@@ -5,17 +5,29 @@
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'ImageEncoder', 'train_tokenizer', 'load_tokenizer', 'TextEncoder']
 
-# %% ../../nbs/models/20_encoders.ipynb #493e55b6
+# %% ../../nbs/models/20_encoders.ipynb #54685d06
 from collections.abc import Iterable
+from functools import partial
 
 import timm
+import torch
+from timm.layers import HybridEmbed
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from ..paths import GKError
 
-# %% ../../nbs/models/20_encoders.ipynb #ac5cf892
+# %% ../../nbs/models/20_encoders.ipynb #a85e8a3e
+def _stem(name: str, stride: int, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **options) -> HybridEmbed:
+    "timm's hybrid patch embedding on the features of a CNN at `stride`."
+    try: info = timm.create_model(name, features_only=True, in_chans=in_chans).feature_info
+    except RuntimeError as err: raise GKError(f'stem {name!r}: {err}', 'Use a timm CNN, for example test_resnet or resnet26d.') from err
+    if stride not in info.reduction(): raise GKError(f'stem {name!r} has strides {info.reduction()}, not {stride}', 'Use one of them as patch_size.')
+    cnn = timm.create_model(name, features_only=True, in_chans=in_chans, out_indices=(info.reduction().index(stride),))
+    return HybridEmbed(cnn, img_size=img_size, patch_size=1, in_chans=in_chans, embed_dim=embed_dim, proj=True)
+
+# %% ../../nbs/models/20_encoders.ipynb #a5b56bb4
 class ImageEncoder(nn.Module):
     "A timm ViT: pictures [B, 1, S, S] to class token and patch embeddings [B, 1+N, D]."
     def __init__(self,
@@ -24,10 +36,15 @@ class ImageEncoder(nn.Module):
                  patch_size: int | None = None, # None: the model's own
                  dim: int = 768, # D, the common width
                  width: int | None = None, depth: int | None = None, heads: int | None = None, # None: the model's own
-                 pretrained: bool | str = False # True: timm's weights from the hub; a path: a timm checkpoint file
+                 pretrained: bool | str = False, # True: timm's weights from the hub; a path: a timm checkpoint file
+                 stem: str = '', # a timm CNN whose features at stride `patch_size` become the patches; '': linear patches
+                 pool: str = 'cls' # what comes first: the class token, or the 'mean' of the patches
                  ):
         super().__init__()
+        self.pool = pool
+        if stem: patch_size, width = patch_size or 16, width or dim
         over = {k: v for k, v in dict(patch_size=patch_size, embed_dim=width, depth=depth, num_heads=heads).items() if v is not None}
+        if stem: over['embed_layer'] = partial(_stem, stem, patch_size)
         where = {'checkpoint_path': str(pretrained)} if isinstance(pretrained, str) and pretrained else {}
         try: self.vit = timm.create_model(name, pretrained=pretrained is True, in_chans=1, num_classes=0, img_size=image_size, **over, **where)
         except Exception as err: raise GKError(f'image encoder {name!r} cannot be built: {err}', 'Use a timm ViT whose patch size divides the image size; offline, give a checkpoint file.') from err
@@ -36,7 +53,8 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor # [B, 1, S, S]
                 ) -> Tensor: # [B, 1+N, D]
-        return self.proj(self.vit.forward_features(images))
+        v = self.proj(self.vit.forward_features(images))
+        return v if self.pool == 'cls' else torch.cat([v[:, 1:].mean(1, keepdim=True), v[:, 1:]], 1)
 
 # %% ../../nbs/models/20_encoders.ipynb #fb1ba0ba
 SPECIAL_TOKENS = {'pad_token': '[PAD]', 'unk_token': '[UNK]', 'cls_token': '[CLS]', 'sep_token': '[SEP]', 'mask_token': '[MASK]', 'bos_token': '[BOS]', 'eos_token': '[EOS]'}
@@ -70,14 +88,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     tok.add_special_tokens({k: SPECIAL_TOKENS[k] for k in ('bos_token', 'eos_token') if getattr(tok, k) is None})
     return tok
 
-# %% ../../nbs/models/20_encoders.ipynb #8a2432ac
+# %% ../../nbs/models/20_encoders.ipynb #230dfb6f
 class TextEncoder(nn.Module):
     "A BERT-family encoder: token ids [B, T] to embeddings [B, T, D]."
     def __init__(self,
                  vocab_size: int, dim: int = 768, # D, the common width
                  name: str = '', # a hub name or folder; '' builds a new one
-                 width: int | None = None, depth: int = 4, heads: int = 4, max_length: int = 128, dropout: float = .1):
+                 width: int | None = None, depth: int = 4, heads: int = 4, max_length: int = 128, dropout: float = .1,
+                 pool: str = 'cls' # what comes first: [CLS], or the 'mean' of all tokens
+                 ):
         super().__init__()
+        self.pool = pool
         if name:
             try: self.bert = AutoModel.from_pretrained(name, add_pooling_layer=False)
             except Exception as err: raise GKError(f'text encoder {name!r} cannot be loaded ({type(err).__name__})', 'Give a folder in the Hugging Face layout, or a hub name on a machine that reaches the hub.') from err
@@ -92,4 +113,7 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor, # [B, T]
                 attention_mask: Tensor # [B, T], 1 = token, 0 = padding
                 ) -> Tensor: # [B, T, D]
-        return self.proj(self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state)
+        t = self.proj(self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state)
+        if self.pool == 'cls': return t
+        k = attention_mask[..., None].to(t.dtype)
+        return torch.cat([(t * k).sum(1, keepdim=True) / k.sum(1, keepdim=True), t[:, 1:]], 1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'PROMPT_MODES', 'FEATURES', 'ModelConfig', 'prompt_book', 'prompt_numbers', 'GKMVLP']
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #1fd40513
+# %% ../../nbs/models/25_gk_mvlp.ipynb #57c3fd42
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..config import from_params
 from ..data.knowledge import ENTITIES, ENTITY_NAMES, prompt
 from .encoders import ImageEncoder, TextEncoder, load_tokenizer
 from .gk_module import GKFusion, RegionEncoder, encode_unique, pool_patches
-from .losses import attention_loss, ecls_loss, hard_negatives, itc_loss, itm_loss, lm_loss
+from .losses import attention_loss, ecls_loss, hard_negatives, itc_loss, itm_loss, lm_targets, token_loss
 from .multimodal import ImageReportEncoder, ReportDecoder
 from ..paths import GKError, write_json
 
@@ -33,16 +33,18 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     'gk': {'itc': 1., 'itm': 1., 'lm': 1., 'ecls': 1.}}       # the paper's four losses, with the GK module
 PROMPT_MODES = ('none', 'predicted', 'all', 'mixed', 'oracle')
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #b48f1494
+# %% ../../nbs/models/25_gk_mvlp.ipynb #47901535
 @dataclass(frozen=True)
 class ModelConfig:
     "Sizes and choices. All but the names of the parts are ours: the paper's reachable text does not state them."
     objective: str = 'gk'
     image_encoder: str = 'vit_tiny_patch16_224'   # a timm ViT; 'vit_base_patch16_224' at paper size
     image_checkpoint: str = ''                    # path of a timm checkpoint
+    pool: str = 'mean'                            # first token of both encoders: 'cls' (paper), or the 'mean' of the others, for encoders without pre-trained weights
     text_encoder: str = ''                        # hub name or folder; 'allenai/scibert_scivocab_uncased' at paper size
     image_size: int = 64
     patch_size: int = 8
+    image_stem: str = ''                          # a timm CNN under a ViT that starts from nothing; '' = linear patches (paper)
     dim: int = 128                                # D, the common width
     image_depth: int = 4
     text_depth: int = 2
@@ -63,13 +65,14 @@ class ModelConfig:
     ecls_form: str = 'softmax'                    # 'softmax' (paper) or 'sigmoid' (ours)
     attention_weight: float = 0.                  # supervise attention with region-entity relations (ours)
     label_smoothing: float = .1
+    hardness: float = 1.                          # of ITM's negatives: 1 = by similarity (ALBEF, BLIP), 0 = any other report
     share_text: bool = True                       # entity and knowledge encoders share the report encoder's BERT
 
     def __post_init__(self):
         def one_of(name, options):
             if getattr(self, name) not in options: raise GKError(f'model.{name} is {getattr(self, name)!r}', f'Use one of: {", ".join(options)}.')
         one_of('objective', OBJECTIVES); one_of('train_prompts', PROMPT_MODES); one_of('prompts', PROMPT_MODES)
-        one_of('region_source', ('detector', 'vit')); one_of('ecls_form', ('softmax', 'sigmoid'))
+        one_of('pool', ('cls', 'mean')); one_of('region_source', ('detector', 'vit')); one_of('ecls_form', ('softmax', 'sigmoid'))
         if self.image_size % self.patch_size: raise GKError(f'model.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}', 'Change one of them.')
 
     @property
@@ -90,7 +93,7 @@ def prompt_numbers(entities: dict[str, int], relations: dict[tuple[str, str], in
         out += where or [book[name, None]]
     return sorted(set(out))
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #3dc73441
+# %% ../../nbs/models/25_gk_mvlp.ipynb #c7dc8290
 class GKMVLP(nn.Module):
     "GK-MVLP and its baselines; `config.objective` says which losses, `config.gk` whether the GK module exists."
     def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast):
@@ -99,23 +102,29 @@ class GKMVLP(nn.Module):
         self.tokenizer, D = tokenizer, c.dim
         big = c.image_encoder != 'vit_tiny_patch16_224'
         size = {} if big else dict(width=D, depth=c.image_depth, heads=c.heads)
-        self.image_encoder = ImageEncoder(c.image_encoder, c.image_size, c.patch_size, D, pretrained=c.image_checkpoint or False, **size)
-        text = lambda: TextEncoder(c.vocab_size, D, c.text_encoder, depth=c.text_depth, heads=c.heads, max_length=c.max_length, dropout=c.dropout)
+        self.image_encoder = ImageEncoder(c.image_encoder, c.image_size, c.patch_size, D, pretrained=c.image_checkpoint or False, stem=c.image_stem, pool=c.pool, **size)
+        text = lambda: TextEncoder(c.vocab_size, D, c.text_encoder, depth=c.text_depth, heads=c.heads, max_length=c.max_length, dropout=c.dropout, pool=c.pool)
         self.report_encoder = text()
         self.image_proj, self.text_proj = nn.Linear(D, c.embed_dim), nn.Linear(D, c.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(1 / .07).log())
         self.image_report_encoder = ImageReportEncoder(D, c.encoder_depth, c.heads, c.dropout)
         self.report_decoder = ReportDecoder(c.vocab_size, D, c.decoder_depth, c.heads, c.max_length, c.dropout,
                                             tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-        if not c.gk: return
-        self.entity_encoder, self.knowledge_encoder = (None, None) if c.share_text else (text(), text())
-        self.entity_proj, self.entity_image_proj, self.prompt_proj = nn.Linear(D, c.embed_dim), nn.Linear(D, c.embed_dim), nn.Linear(D, D)
-        self.entity_scale, self.entity_bias = nn.Parameter(torch.tensor(1 / .07).log()), nn.Parameter(torch.zeros(len(ENTITIES)))
-        self.region_encoder = RegionEncoder(D, c.detector_dim if c.region_source == 'detector' else D, c.region_source)
-        self.gk_fusion = GKFusion(D, c.heads, c.local_layers, c.fused_layers, c.dropout)
-        for name, texts in (('prompt', prompt_book()[0]), ('entity', list(ENTITY_NAMES))):
-            enc = tokenizer(texts, padding=True, truncation=True, max_length=c.max_length, return_tensors='pt')
-            self.register_buffer(f'{name}_ids', enc['input_ids']); self.register_buffer(f'{name}_mask', enc['attention_mask'])
+        if c.gk: self._add_gk(text)
+
+# %% ../../nbs/models/25_gk_mvlp.ipynb #5a702f72
+@patch
+def _add_gk(self: GKMVLP, text) -> None:
+    "Entity and knowledge encoders, region encoder, fusion, and the tokens of all prompts."
+    c, D = self.config, self.config.dim
+    self.entity_encoder, self.knowledge_encoder = (None, None) if c.share_text else (text(), text())
+    self.entity_proj, self.entity_image_proj, self.prompt_proj = nn.Linear(D, c.embed_dim), nn.Linear(D, c.embed_dim), nn.Linear(D, D)
+    self.entity_scale, self.entity_bias = nn.Parameter(torch.tensor(1 / .07).log()), nn.Parameter(torch.zeros(len(ENTITIES)))
+    self.region_encoder = RegionEncoder(D, c.detector_dim if c.region_source == 'detector' else D, c.region_source)
+    self.gk_fusion = GKFusion(D, c.heads, c.local_layers, c.fused_layers, c.dropout)
+    for name, texts in (('prompt', prompt_book()[0]), ('entity', list(ENTITY_NAMES))):
+        enc = self.tokenizer(texts, padding=True, truncation=True, max_length=c.max_length, return_tensors='pt')
+        self.register_buffer(f'{name}_ids', enc['input_ids']); self.register_buffer(f'{name}_mask', enc['attention_mask'])
 
 # %% ../../nbs/models/25_gk_mvlp.ipynb #9d25d0ce
 @patch
@@ -170,15 +179,15 @@ def memory(self: GKMVLP, v: Tensor, z: dict | None, batch: dict) -> tuple[Tensor
     if z is None: return v, seen
     return torch.cat([v, z['z_fused'].to(v.dtype)], 1), torch.cat([seen, batch['region_valid']], 1)
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #4a53b258
+# %% ../../nbs/models/25_gk_mvlp.ipynb #452c4191
 @patch
 def itm_step(self: GKMVLP, t: Tensor, t_mask: Tensor, m: Tensor, m_mask: Tensor, similarity: Tensor, batch: dict) -> Tensor:
     "ITM loss over B true pairs and up to 2B hard negatives."
     B, here = len(t), torch.arange(len(t), device=t.device)
-    text, picture, ok = hard_negatives(similarity[:, :B], batch['report_key'], batch['study_key'])
+    text, picture, ok = hard_negatives(similarity[:, :B], batch['report_key'], batch['study_key'], self.config.hardness)
     rows = torch.cat([here, text[ok], here[ok]])                # report of each row
     cols = torch.cat([here, here[ok], picture[ok]])             # picture of each row
-    logits = self.image_report_encoder(t[rows], t_mask[rows], self.image_report_encoder.project(m), m_mask, cols)[1]
+    logits = self.image_report_encoder(t, t_mask, self.image_report_encoder.project(m), m_mask, rows, cols, first=True)[1]
     return itm_loss(logits, torch.cat([torch.ones(B), torch.zeros(len(rows) - B)]).long().to(t.device))
 
 @patch
@@ -187,7 +196,7 @@ def decoder_ids(self: GKMVLP, ids: Tensor) -> Tensor:
     tok = self.tokenizer
     return ids.masked_fill(ids == tok.cls_token_id, tok.bos_token_id).masked_fill(ids == tok.sep_token_id, tok.eos_token_id)
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #9d63d37c
+# %% ../../nbs/models/25_gk_mvlp.ipynb #98e62ca2
 @patch
 def forward(self: GKMVLP, batch: dict # of `gk_mvlp.training.batches.StudySet`
             ) -> dict[str, Tensor]:
@@ -203,7 +212,8 @@ def forward(self: GKMVLP, batch: dict # of `gk_mvlp.training.batches.StudySet`
     if 'itm' in w: out['itm'] = self.itm_step(t, mask.bool(), m, m_mask, similarity, batch)
     if 'lm' in w:
         d = self.decoder_ids(ids)
-        out['lm'] = lm_loss(self.report_decoder(d, mask, m, m_mask), d, mask, c.label_smoothing)
+        keep, target = lm_targets(d, mask)                       # logits only where there is a target
+        out['lm'] = token_loss(self.report_decoder(d, mask, m, m_mask, keep), target, c.label_smoothing)
     if 'ecls' in w: out['ecls'] = ecls_loss(z['entity_scores'], batch['entities'], c.ecls_form)
     loss = sum(w[k] * out[k] for k in w)
     if c.gk and c.attention_weight > 0:
@@ -220,7 +230,7 @@ def stated(self: GKMVLP, numbers: Tensor, # [B, P] general prompts
     hit = torch.gather(relations, 2, e[:, None].expand(-1, relations.shape[1], -1)) == 1
     return hit & ((numbers >= 0) & (numbers < relations.shape[-1]))[:, None]
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #ca156601
+# %% ../../nbs/models/25_gk_mvlp.ipynb #c66bc33a
 FEATURES = ('image', 'gk', 'gk_null', 'gk_shuffled', 'roi')
 
 @patch
@@ -228,7 +238,7 @@ def features(self: GKMVLP, batch: dict, kind: str = 'image') -> Tensor:
     "[B, F] features of pictures: F = 2D for 'image', 4D for the others."
     if kind not in FEATURES: raise GKError(f'features {kind!r}', f'Use one of: {", ".join(FEATURES)}.')
     v = self.image_encoder(batch['images'])
-    base = torch.cat([v[:, 0], v[:, 1:].mean(1)], 1)
+    base = torch.cat([v[:, 0], v[:, 1:].mean(1) if self.config.pool == 'cls' else v[:, 1:].amax(1)], 1)
     if kind == 'image': return base
     if kind == 'roi': z = pool_patches(v[:, 1:], batch['region_boxes'])
     elif not self.config.gk: raise GKError(f'features {kind!r} need a model with the GK module, this one has objective {self.config.objective!r}', "Use 'image' or 'roi'.")

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from .gk_module import Attention
 
-# %% ../../nbs/models/23_multimodal.ipynb #b236256e
+# %% ../../nbs/models/23_multimodal.ipynb #ec920234
 class ImageReportLayer(nn.Module):
     "Self-attention, cross-attention, feed-forward (pre-norm)."
     def __init__(self, dim: int, heads: int, dropout: float = .1):
@@ -24,13 +24,18 @@ class ImageReportLayer(nn.Module):
         self.ff = nn.Sequential(nn.Linear(dim, 4*dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4*dim, dim))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, t: Tensor, mask: Tensor, kv: Tensor, memory_mask: Tensor) -> Tensor:
+    def read(self, t: Tensor, mask: Tensor, first: bool = False) -> Tensor:
+        "Self-attention over the words; of the first word only, if `first`."
         h = self.norms[0](t)
-        t = t + self.drop(self.self_attn(h, self.self_attn.project(h), mask)[0])
+        n = 1 if first else t.shape[1]
+        return t[:, :n] + self.drop(self.self_attn(h[:, :n], self.self_attn.project(h), mask)[0])
+
+    def look(self, t: Tensor, kv: Tensor, memory_mask: Tensor) -> Tensor:
+        "Cross-attention to the memory, and the feed-forward layer."
         t = t + self.drop(self.cross_attn(self.norms[1](t), kv, memory_mask)[0])
         return t + self.drop(self.ff(self.norms[2](t)))
 
-# %% ../../nbs/models/23_multimodal.ipynb #8a0743b9
+# %% ../../nbs/models/23_multimodal.ipynb #db084d8c
 class ImageReportEncoder(nn.Module):
     "Report embeddings that have seen the picture; its first token goes to the ITM head."
     def __init__(self, dim: int, depth: int = 2, heads: int = 4, dropout: float = .1):
@@ -42,18 +47,22 @@ class ImageReportEncoder(nn.Module):
         "Keys and values of a memory [B, S, D] for every layer."
         return [l.cross_attn.project(l.norm_memory(memory)) for l in self.layers]
 
-    def forward(self, t: Tensor, # [M, T, D] of the report encoder
-                mask: Tensor, # bool [M, T]
+    def forward(self, t: Tensor, # [R, T, D] of the report encoder
+                mask: Tensor, # bool [R, T]
                 kvs: list[Tensor], # of `project`, for B pictures
                 memory_mask: Tensor, # bool [B, S]
-                index: Tensor | None = None # [M]: the picture of each row; None: row i looks at picture i
-                ) -> tuple[Tensor, Tensor]: # [M, T, D] and ITM logits [M, 2]
-        if index is not None: kvs, memory_mask = [kv[:, index] for kv in kvs], memory_mask[index]
-        for layer, kv in zip(self.layers, kvs, strict=True): t = layer(t, mask, kv, memory_mask)
+                text: Tensor | None = None, picture: Tensor | None = None, # [M]: report and picture of each row; None: row i is report i or picture i
+                first: bool = False # only the first token comes out
+                ) -> tuple[Tensor, Tensor]: # [M, T or 1, D] and ITM logits [M, 2]
+        if picture is not None: kvs, memory_mask = [kv[:, picture] for kv in kvs], memory_mask[picture]
+        for i, (layer, kv) in enumerate(zip(self.layers, kvs, strict=True)):
+            t = layer.read(t, mask, first and i == len(self.layers) - 1)
+            if i == 0 and text is not None: t, mask = t[text], mask[text]
+            t = layer.look(t, kv, memory_mask)
         t = self.norm(t)
         return t, self.itm_head(t[:, 0])
 
-# %% ../../nbs/models/23_multimodal.ipynb #720ee0bc
+# %% ../../nbs/models/23_multimodal.ipynb #e20792ad
 class ReportDecoder(nn.Module):
     "Causal language model over word pieces with cross-attention to the visual memory."
     def __init__(self, vocab_size: int, dim: int, depth: int = 2, heads: int = 4, max_length: int = 128, dropout: float = .1,
@@ -68,9 +77,11 @@ class ReportDecoder(nn.Module):
     def forward(self, input_ids: Tensor, # [B, T]
                 attention_mask: Tensor, # [B, T]
                 memory: Tensor, # [B, S, D]
-                memory_mask: Tensor # bool [B, S]
-                ) -> Tensor: # [B, T, V]
-        return self.lm(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=memory, encoder_attention_mask=memory_mask.long(), use_cache=False).logits
+                memory_mask: Tensor, # bool [B, S]
+                keep: Tensor | None = None # bool [B, T]: where logits are wanted; None: everywhere
+                ) -> Tensor: # [B, T, V], or [K, V] of the K kept places
+        h = self.lm.bert(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=memory, encoder_attention_mask=memory_mask.long(), use_cache=False).last_hidden_state
+        return self.lm.cls(h if keep is None else h[keep])
 
     @torch.no_grad()
     def generate(self, memory: Tensor, memory_mask: Tensor, max_new_tokens: int = 60, num_beams: int = 1, **options) -> Tensor:

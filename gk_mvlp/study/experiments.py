@@ -6,10 +6,10 @@
 __all__ = ['LOSSES', 'VARIANTS', 'CLASSES', 'train_config', 'pretrain_configs', 'detector_configs', 'cache_dir', 'load_studies',
            'load_detector', 'model_hash', 'corpus_tokenizer', 'study_set', 'fit_detector', 'detect', 'check_detector',
            'check_lungs', 'summarise_lungs', 'detector_metrics', 'show_regions', 'validation_losses', 'pretrain',
-           'health_table', 'pretrain_metrics', 'plot_history', 'ClassificationTask', 'run_method', 'scores_by_class',
+           'health_table', 'pretrain_metrics', 'plot_history', 'ClassificationTask', 'scores_by_class',
            'classification_metrics', 'show_roc']
 
-# %% ../../nbs/study/61_experiments.ipynb #86787d1d
+# %% ../../nbs/study/61_experiments.ipynb #e5f74a84
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from fastcore.basics import patch
 
 from ..config import from_params
 from ..data.anatomy import REGION_INDEX
-from ..data.images import to_float
 from ..data.registry import data_fingerprint, load_dataset
 from ..data.study import Study, nested_subsets, save_subset
 from ..evaluation.metrics import macro, multilabel_scores
@@ -34,7 +34,7 @@ from ..models.losses import health_report
 from ..paths import GKError, data_root, runs_dir
 from .figures import plot_regions, plot_roc
 from ..tasks.classification import finetune, label_matrix, linear_probe, model_features, pixel_baseline, pixel_features, prediction_frame
-from ..training.batches import StudySet, load_pictures, true_regions
+from ..training.batches import StudySet, detect_regions, load_pictures, true_regions
 from ..training.checkpoint import seed_everything
 from ..training.trainer import TrainConfig, Trainer
 
@@ -86,7 +86,7 @@ def study_set(studies: Sequence[Study], split: str, tokenizer, detector, config:
     if not chosen: raise GKError(f'no studies with a report in split {split!r}', 'Use a larger data set.')
     return StudySet(chosen, tokenizer, config.image_size, config.max_length, detector if config.region_source == 'detector' else None, cache_dir(), strength, seed)
 
-# %% ../../nbs/study/61_experiments.ipynb #cb04b773
+# %% ../../nbs/study/61_experiments.ipynb #a6f908af
 def _arrays(studies: Sequence[Study], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     images, frames = load_pictures(studies, size)
     return images, *true_regions(studies, frames)
@@ -96,10 +96,10 @@ def fit_detector(studies: Sequence[Study], config: DetectorConfig, train: TrainC
     part = {k: _arrays([s for s in studies if s.split == k], config.image_size) for k in ('train', 'val')}
     return train_detector(*part['train'], run, train, config, part['val'], strength)
 
-def detect(detector: RegionDetector, images: np.ndarray, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def detect(detector: RegionDetector, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Boxes [N, 29, 4] and validity [N, 29] of uint8 pictures [N, S, S]."
-    parts = [detector.detect(to_float(torch.from_numpy(images[i:i + batch_size]))) for i in range(0, len(images), batch_size)]
-    return torch.cat([p['boxes'] for p in parts]).numpy(), torch.cat([p['valid'] for p in parts]).numpy()
+    found = detect_regions(detector, images)
+    return found['region_boxes'].numpy(), found['region_valid'].numpy()
 
 def check_detector(detector: RegionDetector, studies: Sequence[Study]) -> pd.DataFrame:
     "Per region on the test split: IoU, detection rate and n, beside the median box of the training split."
@@ -218,7 +218,7 @@ class ClassificationTask:
         "Studies, patients and positives of each split."
         return pd.DataFrame({k: {'studies': len(s), 'patients': len({x.subject_id for x in s}), **{f'{n} +': int(np.nansum(self.y[k][:, i])) for i, n in enumerate(self.names)}} for k, s in self.studies.items()})
 
-# %% ../../nbs/study/61_experiments.ipynb #405ff04b
+# %% ../../nbs/study/61_experiments.ipynb #d108b486
 def _load(task: ClassificationTask, method: str, checkpoint: str) -> GKMVLP:
     "The method's model: pre-trained, or new for `scratch`."
     if method != 'scratch': return GKMVLP.from_pretrained(checkpoint)
@@ -226,21 +226,22 @@ def _load(task: ClassificationTask, method: str, checkpoint: str) -> GKMVLP:
     config = from_params(ModelConfig, task.settings['model'] | {'objective': 'scratch'}, 'preset, section model')
     return GKMVLP(config, train_tokenizer(prompt_book()[0], config.vocab_size))
 
-def run_method(task: ClassificationTask, method: str, checkpoint: str, config: TrainConfig, run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+@patch
+def run(self: ClassificationTask, method: str, checkpoint: str, config: TrainConfig, run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     "(predictions on validation and test, what was chosen) of a method and its controls."
     rows, chosen = [], []
-    y, sets = task.y, task.sets
+    y, sets = self.y, self.sets
     def keep(name, protocol, val, test, choice):
-        for split, s in (('val', val), ('test', test)): rows.append(prediction_frame(task.studies[split], y[split], s, task.names, method=name, protocol=protocol))
+        for split, s in (('val', val), ('test', test)): rows.append(prediction_frame(self.studies[split], y[split], s, self.names, method=name, protocol=protocol))
         chosen.append({'method': name, 'protocol': protocol, 'chosen': choice})
     if method == 'pixels':
         x = {k: pixel_features(d) for k, d in sets.items()}
-        keep('pixels', 'linear_probe', *(r := pixel_baseline(x['train'], y['train'], x['val'], y['val'], x['test'], task.seed))[:2], f'C={r[2]:g}')
+        keep('pixels', 'linear_probe', *(r := pixel_baseline(x['train'], y['train'], x['val'], y['val'], x['test'], self.seed))[:2], f'C={r[2]:g}')
         rate = np.nanmean(y['train'], 0)
         keep('constant', 'linear_probe', np.tile(rate, (len(y['val']), 1)), np.tile(rate, (len(y['test']), 1)), 'training prevalence')
         return pd.concat(rows, ignore_index=True), pd.DataFrame(chosen)
     if method not in VARIANTS: raise GKError(f'method {method!r}', f'Use one of: pixels, {", ".join(VARIANTS)}.')
-    model = _load(task, method, checkpoint)
+    model = _load(self, method, checkpoint)
     for name, kind in VARIANTS[method].items():
         x = {k: model_features(model, d, kind) for k, d in sets.items()}
         r = linear_probe(x['train'], y['train'], x['val'], y['val'], x['test'])
@@ -250,7 +251,6 @@ def run_method(task: ClassificationTask, method: str, checkpoint: str, config: T
     best = history.loc[history['val_auroc'].idxmax()] if history['val_auroc'].notna().any() else history.iloc[-1]
     keep(name, 'finetune', val, test, f'epoch {int(best["epoch"])} of {int(history["epoch"].max())}')
     return pd.concat(rows, ignore_index=True), pd.DataFrame(chosen)
-ClassificationTask.run = run_method
 
 # %% ../../nbs/study/61_experiments.ipynb #03e830c1
 def scores_by_class(frame: pd.DataFrame) -> pd.DataFrame:

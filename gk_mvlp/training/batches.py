@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['load_pictures', 'true_regions', 'detect_regions', 'StudySet', 'run_batches']
 
-# %% ../../nbs/training/29_batches.ipynb #687e778b
+# %% ../../nbs/training/29_batches.ipynb #d2927710
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -61,7 +62,7 @@ def detect_regions(detector, # RegionDetector
         with atomic_write(path, 'wb') as f: np.savez(f, **{k: v.numpy() for k, v in out.items()})
     return out
 
-# %% ../../nbs/training/29_batches.ipynb #f360a211
+# %% ../../nbs/training/29_batches.ipynb #7d9d6b19
 class StudySet(Dataset):
     "Studies as tensors. `data[list of indices]` is a batch; see `__getitem__` for its fields."
     def __init__(self, studies: Sequence[Study],
@@ -84,21 +85,6 @@ class StudySet(Dataset):
         if tokenizer is not None: self._add_texts(tokenizer, max_length, max_prompts)
         if targets is not None: self.fields['targets'] = torch.as_tensor(np.asarray(targets, np.float32))
 
-    def _add_texts(self, tokenizer, max_length: int, max_prompts: int) -> None:
-        empty = [s.study_id for s in self.studies if not s.report.strip()]
-        if empty: raise GKError(f'study {empty[0]!r} and {len(empty) - 1} more have no report', 'Pre-train on studies with a report.')
-        enc = tokenizer([s.report for s in self.studies], padding=True, truncation=True, max_length=max_length, return_tensors='pt')
-        keys: dict[str, int] = {}
-        number = lambda text: keys.setdefault(' '.join(text.lower().split()), len(keys))
-        book, oracle = prompt_book()[1], torch.full((len(self.studies), max_prompts), -1)
-        for i, s in enumerate(self.studies):
-            p = prompt_numbers(s.entities, s.relations, book)[:max_prompts]
-            oracle[i, :len(p)] = torch.tensor(p, dtype=torch.long)
-        self.fields |= {'input_ids': enc['input_ids'], 'attention_mask': enc['attention_mask'], 'oracle_prompts': oracle,
-                        'report_key': torch.tensor([number(s.report) for s in self.studies]), 'study_key': torch.arange(len(self.studies)),
-                        'entities': torch.from_numpy(np.stack([s.entity_vector() for s in self.studies])),
-                        'relations': torch.from_numpy(np.stack([s.relation_matrix() for s in self.studies]))}
-
     def set_epoch(self, epoch: int) -> None: "Other augmentations in every epoch."; self.epoch = epoch
     def __len__(self) -> int: return len(self.studies)
 
@@ -115,6 +101,23 @@ class StudySet(Dataset):
             b['input_ids'], b['attention_mask'] = b['input_ids'][:, :n], b['attention_mask'][:, :n]
         return b
     __getitems__ = __getitem__
+
+# %% ../../nbs/training/29_batches.ipynb #56ac0b0c
+@patch
+def _add_texts(self: StudySet, tokenizer, max_length: int, max_prompts: int) -> None:
+    empty = [s.study_id for s in self.studies if not s.report.strip()]
+    if empty: raise GKError(f'study {empty[0]!r} and {len(empty) - 1} more have no report', 'Pre-train on studies with a report.')
+    enc = tokenizer([s.report for s in self.studies], padding=True, truncation=True, max_length=max_length, return_tensors='pt')
+    keys: dict[str, int] = {}
+    number = lambda text: keys.setdefault(' '.join(text.lower().split()), len(keys))
+    book, oracle = prompt_book()[1], torch.full((len(self.studies), max_prompts), -1)
+    for i, s in enumerate(self.studies):
+        p = prompt_numbers(s.entities, s.relations, book)[:max_prompts]
+        oracle[i, :len(p)] = torch.tensor(p, dtype=torch.long)
+    self.fields |= {'input_ids': enc['input_ids'], 'attention_mask': enc['attention_mask'], 'oracle_prompts': oracle,
+                    'report_key': torch.tensor([number(s.report) for s in self.studies]), 'study_key': torch.arange(len(self.studies)),
+                    'entities': torch.from_numpy(np.stack([s.entity_vector() for s in self.studies])),
+                    'relations': torch.from_numpy(np.stack([s.relation_matrix() for s in self.studies]))}
 
 # %% ../../nbs/training/29_batches.ipynb #9665cc38
 @torch.no_grad()
