@@ -155,7 +155,7 @@ def choose_prompts(self: GKMVLP, mode: str, scores: Tensor, # [B, E]
     if oracle is None: raise GKError("prompt mode 'oracle' needs the studies' own entities", 'Use predicted, all or none for pictures without a report.')
     return oracle
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #14f46822
+# %% ../../nbs/models/25_gk_mvlp.ipynb #faa26d37
 @patch
 def ground(self: GKMVLP, v: Tensor, # [B, 1+N, D] of the image encoder
            batch: dict, # region_boxes, region_valid, region_features (source 'detector'), oracle_prompts (mode 'oracle')
@@ -167,7 +167,9 @@ def ground(self: GKMVLP, v: Tensor, # [B, 1+N, D] of the image encoder
     encoder = self.knowledge_encoder or self.report_encoder
     def encode(u):
         if shuffle: u = torch.where(u < len(ENTITIES), (u + len(ENTITIES) // 2) % len(ENTITIES), u)
-        return self.prompt_proj(encoder(self.prompt_ids[u], self.prompt_mask[u])[:, 0])
+        ids, mask = self.prompt_ids[u], self.prompt_mask[u]
+        n = int(mask.sum(1).max())                              # the longest prompt of the batch, not of the book
+        return self.prompt_proj(encoder(ids[:, :n], mask[:, :n])[:, 0])
     if numbers.shape[1]: p, mask = encode_unique(numbers, encode)
     else: p, mask = v.new_zeros(len(v), 0, v.shape[-1]), numbers.bool()
     return self.gk_fusion(r, p, mask, v[:, 1:], need_maps) | {'entity_scores': scores, 'prompt_numbers': numbers}
