@@ -132,3 +132,45 @@ def test_itc_is_computed_in_float32_under_autocast():
 @pytest.mark.parametrize('start,end,verdict', [(math.log(16), 1., 'ok'), (math.log(16), math.log(16) * .99, 'stuck'), (9., 1., 'odd start')])
 def test_health_verdicts(start, end, verdict):
     assert L.health_report({'itc': start}, {'itc': end}, 16, 100)['itc']['verdict'] == verdict
+
+
+def plain_local(p, w, m, key):
+    "GLoRIA's local similarity with loops."
+    B = len(p)
+    s = torch.zeros(B, B, dtype=p.dtype)
+    for i in range(B):
+        for j in range(B):
+            terms = []
+            for t in range(w.shape[1]):
+                if not m[j, t]: continue
+                a = torch.softmax(4 * (p[i] @ w[j, t]), 0)
+                c = (a[:, None] * p[i]).sum(0)
+                terms.append(torch.exp(5 * (c / c.norm() @ w[j, t])))
+            s[i, j] = torch.log(torch.stack(terms).mean()) / 5
+    total = 0.
+    for k in (10 * s, 10 * s.T):
+        for i in range(B):
+            same = [j for j in range(B) if key[i] == key[j]]
+            total = total + sum(torch.logsumexp(k[i], 0) - k[i, j] for j in same) / len(same) / B
+    return total / 2
+
+
+@pytest.mark.parametrize('key', [[0, 1, 2], [0, 1, 0]])
+def test_local_equals_the_loop_with_its_gradient(key):
+    g = torch.Generator().manual_seed(3)
+    p = F.normalize(torch.randn(3, 5, 6, generator=g), dim=-1).requires_grad_()
+    w = F.normalize(torch.randn(3, 4, 6, generator=g), dim=-1).requires_grad_()
+    m = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    ours, ref = L.local_loss(p, w, m, torch.tensor(key)), plain_local(p, w, m, key)
+    assert torch.allclose(ours, ref, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(ours, [p, w]), torch.autograd.grad(ref, [p, w])):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_hardness_zero_draws_any_other_report_and_one_the_nearest():
+    s = torch.tensor([[0., 30., 0., 0.]] * 4)
+    g = torch.Generator().manual_seed(0)
+    picks = {h: torch.stack([L.hard_negatives(s, torch.arange(4), torch.arange(4), g, h)[0] for _ in range(300)]) for h in (0., 1.)}
+    assert (picks[1.][:, [0, 2, 3]] == 1).all()
+    counts = torch.bincount(picks[0.][:, 0], minlength=4)
+    assert counts[0] == 0 and counts[1:].min() > 60

@@ -144,8 +144,8 @@ def show_regions(detector: RegionDetector, studies: Sequence[Study]) -> plt.Figu
     images, boxes, valid = _arrays(studies, detector.config.image_size)
     return plot_regions(images, *detect(detector, images), boxes, valid)
 
-# %% ../../nbs/study/61_experiments.ipynb #0b7a9573
-LOSSES = ('itc', 'itm', 'lm', 'ecls')
+# %% ../../nbs/study/61_experiments.ipynb #ae67ba36
+LOSSES = ('itc', 'local', 'itm', 'lm', 'ecls')
 
 @torch.no_grad()
 def validation_losses(model: GKMVLP, data: StudySet, batch_size: int) -> dict[str, float]:
@@ -189,9 +189,10 @@ def plot_history(history: pd.DataFrame, health: dict) -> plt.Figure:
     sns.despine(fig); fig.tight_layout()
     return fig
 
-# %% ../../nbs/study/61_experiments.ipynb #d3871446
+# %% ../../nbs/study/61_experiments.ipynb #2aa19501
 VARIANTS: dict[str, dict[str, str]] = {
-    'scratch': {'scratch': 'image'}, 'itc': {'itc': 'image'},
+    'scratch': {'scratch': 'image'}, 'itc': {'itc': 'image'}, 'itc_local': {'itc_local': 'image'}, 'itc_itm_lm_ecls': {'itc_itm_lm_ecls': 'image'},
+    'gk_without_ecls': {'gk-without_ecls': 'gk'},
     'itc_itm_lm': {'itc_itm_lm': 'image', 'itc_itm_lm-roi_pool': 'roi'},
     'gk': {'gk': 'gk', 'gk-roi_pool': 'roi', 'gk-null_prompts': 'gk_null', 'gk-shuffled_prompts': 'gk_shuffled', 'gk-image_only': 'image'}}
 CLASSES = {'nih': ('any_finding',), 'rsna': ('pneumonia',)} # data sets with one question; others: all labels
