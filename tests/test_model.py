@@ -7,7 +7,7 @@ import torch
 from gk_mvlp.data.knowledge import ENTITIES, ENTITY_INDEX
 from gk_mvlp.models.encoders import TextEncoder, load_tokenizer, train_tokenizer
 from gk_mvlp.models.gk_module import encode_unique
-from gk_mvlp.models.gk_mvlp import GKMVLP, OBJECTIVES, ModelConfig, prompt_book
+from gk_mvlp.models.gk_mvlp import GKMVLP, GROUNDED, OBJECTIVES, ModelConfig, prompt_book
 from gk_mvlp.paths import GKError
 
 TEXTS = prompt_book()[0]
@@ -43,7 +43,7 @@ def test_each_objective_trains_exactly_its_losses(tok, batch, objective):
     out['loss'].backward()
     assert set(out) - {'loss', 'temperature'} == set(OBJECTIVES[objective])
     assert torch.isclose(out['loss'], sum(out[k] for k in OBJECTIVES[objective]))
-    assert hasattr(model, 'gk_fusion') == (objective == 'gk')
+    assert hasattr(model, 'gk_fusion') == (objective in GROUNDED)
     idle = {n.split('.')[0] for n, p in model.named_parameters() if p.grad is None}
     if objective == 'gk': assert idle <= {'entity_bias'}
     if objective == 'itc_itm_lm': assert not idle

@@ -198,12 +198,12 @@ def memory(self: GKMVLP, v: Tensor, z: dict | None, batch: dict) -> tuple[Tensor
     if z is None: return v, seen
     return torch.cat([v, z['z_fused'].to(v.dtype)], 1), torch.cat([seen, batch['region_valid']], 1)
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #d59949b0
+# %% ../../nbs/models/25_gk_mvlp.ipynb #7e03018f
 @patch
 def itm_step(self: GKMVLP, t: Tensor, t_mask: Tensor, m: Tensor, m_mask: Tensor, similarity: Tensor, batch: dict) -> Tensor:
     "ITM loss over B true pairs and up to 2B hard negatives."
     B, here = len(t), torch.arange(len(t), device=t.device)
-    text, picture, ok = hard_negatives(similarity[:, :B], batch['report_key'], batch['study_key'], hardness=self.config.hardness)
+    text, picture, ok = hard_negatives(similarity, batch['report_key'], batch['study_key'], hardness=self.config.hardness)
     rows = torch.cat([here, text[ok], here[ok]])                # report of each row
     cols = torch.cat([here, here[ok], picture[ok]])             # picture of each row
     logits = self.image_report_encoder(t, t_mask, self.image_report_encoder.project(m), m_mask, rows, cols, first=True)[1]

@@ -15,7 +15,7 @@ import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../../nbs/models/24_losses.ipynb #8f0f88ea
+# %% ../../nbs/models/24_losses.ipynb #8ccd8f4d
 def gather_with_grad(x: Tensor) -> Tensor:
     "Concatenate `x` over all processes, keeping gradients; the identity in a single process."
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return x
@@ -25,14 +25,15 @@ def itc_loss(image: Tensor, # [B, d], unit length
              text: Tensor, # [B, d], unit length
              logit_scale: Tensor, # already exponentiated and clamped
              report_key: Tensor # int [B]; equal numbers = the same text
-             ) -> tuple[Tensor, Tensor]: # loss, similarity [B, B_all] of local pictures to all texts
+             ) -> tuple[Tensor, Tensor]: # loss, similarity [B, B] of this process's pictures and texts
     "Symmetric image-text contrastive loss with duplicate-aware targets; computed in float32."
     all_image, all_text, all_key = gather_with_grad(image.float()), gather_with_grad(text.float()), gather_with_grad(report_key)
     target = (report_key[:, None] == all_key[None]).float()
     target = target / target.sum(1, keepdim=True)
     with torch.autocast(image.device.type, enabled=False):       # autocast would multiply in bfloat16
         i2t, t2i = logit_scale.float() * image.float() @ all_text.T, logit_scale.float() * text.float() @ all_image.T
-    return (F.cross_entropy(i2t, target) + F.cross_entropy(t2i, target)) / 2, i2t.detach()
+    first = len(image) * (dist.get_rank() if len(all_key) > len(report_key) else 0)
+    return (F.cross_entropy(i2t, target) + F.cross_entropy(t2i, target)) / 2, i2t[:, first:first + len(image)].detach()
 
 # %% ../../nbs/models/24_losses.ipynb #7022d4b6
 def local_similarity(patches: Tensor, # [B, N, d], unit length
