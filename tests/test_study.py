@@ -42,9 +42,9 @@ def test_everything_is_there(study):
     out, said = study
     p = load_preset('smoke')
     results = out/'paper_results/smoke'
-    for name in ('classification', 'comparisons', 'detector'):
+    for name in ('classification', 'classification_classes', 'comparisons', 'detector'):
         for kind in ('csv', 'md', 'tex'): assert (results/f'tables/{name}.{kind}').stat().st_size > 0
-    for name in ('losses', 'roc', 'low_data', 'regions', 'grounding'):
+    for name in ('losses', 'roc', 'reliability', 'low_data', 'regions', 'grounding'):
         assert (results/f'figures/{name}.pdf').stat().st_size > 0
         picture = np.asarray(Image.open(results/f'figures/{name}.png').convert('L'))
         assert picture.std() > 5, f'{name} is not blank'
@@ -62,6 +62,8 @@ def test_the_table_is_recomputed_from_predictions(study):
     table = pd.read_csv(out/'paper_results/smoke/tables/classification.csv')
     assert {'task', 'dataset', 'method', 'ratio', 'metric', 'mean', 'low', 'high', 'seeds', 'n'} <= set(table.columns)
     assert {'constant', 'pixels', 'scratch', 'itc_itm_lm', 'gk', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts'} <= set(table['method'])
+    assert {'auroc', 'auprc', 'f1', 'accuracy', 'brier', 'ece'} == set(table['metric'])
+    table = table[table['metric'] == 'auroc']
     for r in table.itertuples():
         f = pd.read_parquet(out/'runs/smoke'/r.runs.split()[0]/'predictions.parquet')
         f = f[(f['split'] == 'test') & (f['method'] == r.method) & (f['protocol'] == r.protocol)].dropna(subset=['y'])
