@@ -107,18 +107,19 @@ class PyramidBackbone(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen): x = self._map(images)
         return self.pyramid(x)
 
-# %% ../../nbs/tasks/42_localization.ipynb #fc74649d
+# %% ../../nbs/tasks/42_localization.ipynb #56fd7805
 @dataclass(frozen=True)
 class LocalizationConfig:
     "How boxes are found. All values are ours."
     head: str = 'fcos'               # 'fcos' or 'faster_rcnn'
     frozen: bool = False             # keep the encoder as it is
-    channels: int = 64               # of the pyramid
+    channels: int = 64               # of the pyramid, a multiple of 32
     max_detections: int = 30         # per image
 
     def __post_init__(self):
         if self.head not in ('fcos', 'faster_rcnn'): raise GKError(f'localization.head is {self.head!r}', 'Use fcos or faster_rcnn.')
-        if self.channels < 8 or self.max_detections < 1: raise GKError(f'localization: channels {self.channels}, max_detections {self.max_detections}', 'Use at least 8 and 1.')
+        if self.channels < 32 or self.channels % 32: raise GKError(f'localization.channels is {self.channels}', 'Use a multiple of 32.')
+        if self.max_detections < 1: raise GKError(f'localization.max_detections is {self.max_detections}', 'Use at least 1.')
 
 class FindingDetector(nn.Module):
     "Encoder, pyramid and head; `forward` gives losses, `detect` boxes."
