@@ -90,6 +90,9 @@ def test_localization_refuses(phantoms, tmp_path):
 def test_constant_boxes_are_medians_of_training_boxes():
     train = [Study(str(i), str(i), findings=[FindingBox('a', (0, 0, .1 * (i + 1), .5))]) for i in range(3)] + [Study('x', 'x')]
     (box, score, name), second = L.constant_boxes(train, ['a', 'b'], 2); assert box.tolist() == [pytest.approx([0, 0, .2, .5])] and score == [.75] and name == ['a'] and second[2] == ['a']
+    both = train + [Study('y', 'y', findings=[FindingBox('a', (.6, 0, .9, .5)), FindingBox('a', (.1, 0, .3, .5))])]
+    box, score, name = L.constant_boxes(both, ['a'], 1)[0]; assert len(box) == 2 and box[1].tolist() == [.6, 0, .9, .5] and score.tolist() == [.8, .2], 'a box for each side'
+    assert L.constant_boxes([Study('x', 'x')], ['a'], 1)[0][0].shape == (0, 4)
 
 
 # ---- reports

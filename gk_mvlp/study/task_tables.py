@@ -128,7 +128,7 @@ def task_comparisons(cells: Sequence[TaskCell], method: str = 'gk') -> pd.DataFr
     if len(table): table['p_holm'] = holm(table['p'].tolist())
     return table
 
-# %% ../../nbs/study/68_task_tables.ipynb #0a5b12ac
+# %% ../../nbs/study/68_task_tables.ipynb #47d8c15f
 TITLES = {'zero_shot': 'Zero-shot classification and grounding', 'localization': 'Localization', 'report_generation': 'Report generation', 'vqa': 'Visual question answering'}
 SHOWN = {'zero_shot': ('auroc', 'auprc', *MAP_METRICS), 'localization': ('map_40_75', 'coco_map', 'ap_50', 'froc', 'sensitivity_0.25', 'sensitivity_1', 'filtered_map_40_75'),
          'report_generation': (*NLG_METRICS, 'clinical_precision', 'clinical_recall', 'clinical_f1', 'clinical_macro_f1'), 'vqa': VQA_METRICS}
@@ -151,7 +151,7 @@ def task_report(table: pd.DataFrame, comparisons: pd.DataFrame, task: str, about
         t = table[table['dataset'] == d]
         out += [f'## {d}', '', f'Test: {int(t["n"].max())} items of {int(t["n_patients"].max())} patients; {int(t["seeds"].max())} seed(s).', '', task_wide(table, task, d).to_markdown(), '']
         p = published(task, d)
-        if len(p): out += ['Published, **not comparable** (other data, splits and model sizes):', '', p[['method', 'ratio', 'metric', 'value', 'protocol', 'source']].to_markdown(index=False), '']
+        if len(p): out += ['Published, **not comparable** (other data, splits and model sizes):', '', p[['method', 'ratio', 'metric', 'value', 'protocol', 'source']].fillna({'ratio': ''}).to_markdown(index=False), '']
     mine = comparisons[comparisons['task'] == task] if len(comparisons) else comparisons
     sure = mine[mine['p_holm'] < .05] if len(mine) else mine
     lines = [f'- {r.dataset}, {r.protocol}, {r.metric}: gk {"better" if r.difference > 0 else "worse"} than {r.reference} by {abs(r.difference):.3f} ({r.low:.3f} to {r.high:.3f}), p = {r.p_holm:.3f}' for r in sure.itertuples()]

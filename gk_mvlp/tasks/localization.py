@@ -168,11 +168,13 @@ def fit_localization(model: ImageEncoder | RegionDetector, train: BoxSet, val: B
     trainer = Trainer(net, lambda m, b: m(b), train, training, run_dir, evaluate=score, monitor='val_map', quiet=quiet)
     return net, trainer.fit()
 
-# %% ../../nbs/tasks/42_localization.ipynb #4d7bff78
+# %% ../../nbs/tasks/42_localization.ipynb #1aed1b1a
 def constant_boxes(train: Sequence[Study], names: Sequence[str], n: int) -> list[tuple[np.ndarray, np.ndarray, list[str]]]:
     "The same detections for each of `n` studies."
-    own = {k: np.array([b.box for s in train for b in s.findings if b.entity == k]) for k in names}
-    known = [k for k in names if len(own[k])]
-    boxes = np.array([np.median(own[k], 0) for k in known]).reshape(-1, 4)
-    scores = np.array([np.mean([any(b.entity == k for b in s.findings) for s in train]) for k in known])
-    return [(boxes, scores, known)] * n
+    out = []
+    for k in names:
+        for side in (False, True):
+            at = lambda b, k=k, side=side: b.entity == k and (b.box[0] + b.box[2] >= 1) == side
+            if own := [b.box for s in train for b in s.findings if at(b)]: out.append((np.median(own, 0), np.mean([any(map(at, s.findings)) for s in train]), k))
+    boxes, scores, said = map(list, zip(*out, strict=True)) if out else ([], [], [])
+    return [(np.array(boxes).reshape(-1, 4), np.array(scores), said)] * n

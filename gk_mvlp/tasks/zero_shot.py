@@ -19,14 +19,15 @@ from ..models.gk_mvlp import GKMVLP
 from ..paths import GKError
 from ..training.batches import StudySet, run_batches
 
-# %% ../../nbs/tasks/41_zero_shot.ipynb #1cc18b4c
+# %% ../../nbs/tasks/41_zero_shot.ipynb #a7357d2b
 PROMPT_SETS: dict[str, tuple[str, str]] = {
     'statement': ('There is {}.', 'There is no {}.'),
     'seen': ('{} is seen.', 'No {} is seen.'),
     'evidence': ('Findings consistent with {}.', 'No evidence of {}.'),
     'knowledge': ('{knowledge}', 'No {}. The lungs are clear and the heart size is normal.')}
-SPECIAL: dict[str, tuple[str, str]] = {                   # labels that are no finding
-    'any_finding': ('Abnormal chest radiograph.', 'No acute cardiopulmonary abnormality.')}
+SPECIAL: dict[str, dict[str, tuple[str, str]]] = {        # labels that are no finding: a pair for each set
+    'any_finding': {'statement': ('There is an abnormality.', 'There is no abnormality.'), 'seen': ('Abnormal findings are seen.', 'No abnormal finding is seen.'),
+                    'evidence': ('Findings consistent with disease.', 'No evidence of disease.'), 'knowledge': ('Abnormal chest radiograph.', 'No acute cardiopulmonary abnormality. The lungs are clear.')}}
 
 def class_name(label: str) -> str:
     "The label as a radiologist would say it."
@@ -36,7 +37,7 @@ def class_name(label: str) -> str:
 def class_prompts(label: str, prompt_set: str) -> tuple[str, str]:
     "(sentence that states the label, sentence that denies it)."
     if prompt_set not in PROMPT_SETS: raise GKError(f'prompt set {prompt_set!r}', f'Use one of: {", ".join(PROMPT_SETS)}.')
-    if label in SPECIAL: return SPECIAL[label]
+    if label in SPECIAL: return SPECIAL[label][prompt_set]
     name = class_name(label)
     said = {'knowledge': prompt(name) if name in ENTITY_INDEX else f'There is {name}.'}
     first, second = (t.format(name, **said) for t in PROMPT_SETS[prompt_set])
