@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+from gk_mvlp.config import load_preset, preset_names
 from gk_mvlp.data.registry import load_dataset
 from gk_mvlp.data.study import QA, FindingBox, Study
 from gk_mvlp.evaluation.vqa import question_frame, vqa_metrics
@@ -15,6 +16,8 @@ from gk_mvlp.models.gk_mvlp import GKMVLP, ModelConfig, prompt_book
 from gk_mvlp.paths import GKError
 from gk_mvlp.study import task_runs as R
 from gk_mvlp.study import task_tables as TT
+from gk_mvlp.study.launch import check_preset, task_jobs
+from gk_mvlp.study.run import notebook_parameters, stage_sources
 from gk_mvlp.tasks import localization as L
 from gk_mvlp.tasks import report_generation as G
 from gk_mvlp.tasks import vqa as V
@@ -208,3 +211,29 @@ def test_ratios_are_nested_and_only_training_is_cut(phantoms):
 def test_a_task_run_refuses(phantoms):
     with pytest.raises(GKError, match='task'): R.TaskRun('poetry', phantoms, 'phantom', 'gk', 100., 0, SETTINGS)
     with pytest.raises(GKError, match="split 'train'"): R.TaskRun('vqa', [replace(s, qa=[]) for s in phantoms], 'phantom', 'gk', 100., 0, SETTINGS)
+
+
+# ---- presets and jobs
+
+def test_jobs_of_a_preset():
+    p = replace(load_preset('smoke'), tasks={'zero_shot': ['phantom'], 'vqa': ['phantom']}, methods=('pixels', 'scratch', 'gk'), task_methods=(), task_ratios=(10., 100.), seeds=(0, 1))
+    jobs = task_jobs(p)
+    assert [j for j in jobs if j.startswith('zero_shot')] == ['zero_shot/phantom-baselines-r100-s0', 'zero_shot/phantom-gk-r100-s0', 'zero_shot/phantom-gk-r100-s1'], 'nothing is trained: no ratio, no scratch'
+    assert len(jobs) == len(set(jobs)) == 3 + (2 + 1) + 2 * 4 and not any('pixels' in j for j in jobs) and 'vqa/phantom-baselines-r10-s1' in jobs
+    assert task_jobs(replace(p, tasks={})) == []
+
+
+@pytest.mark.parametrize('change, says', [({'tasks': {'poetry': ['phantom']}}, 'unknown task'), ({'tasks': {'vqa': ['nowhere']}}, 'unknown data set'), ({'localization': {'head': 'yolo'}}, 'head'), ({'generation': {'beam': 3}}, "'beam'"),
+                                          ({'task_methods': ('gkk',)}, 'unknown method')])
+def test_a_wrong_preset_stops_before_the_first_job(change, says):
+    with pytest.raises(GKError, match=says): check_preset(replace(load_preset('smoke'), **change))
+
+
+@pytest.mark.parametrize('name', preset_names())
+def test_presets_are_whole(name): check_preset(load_preset(name))
+
+
+@pytest.mark.parametrize('number, task', [(73, 'zero_shot'), (74, 'localization'), (75, 'report_generation'), (76, 'vqa')])
+def test_experiment_notebooks_take_the_same_parameters(root, number, task):
+    p = notebook_parameters(root/f'nbs/experiments/{number}_{task}.ipynb')
+    assert {'preset', 'data', 'dataset', 'method', 'ratio', 'seed', 'detector', 'checkpoint', 'overrides', 'out'} == set(p) and task in R.RUNNERS and stage_sources(task)
