@@ -56,7 +56,7 @@ def from_params(cls, # a dataclass
     if missing: raise GKError(f'{where}: parameter {missing[0]!r} is missing', f'Give it as {type_name(known[missing[0]])}.')
     return cls(**params)
 
-# %% ../nbs/01_config.ipynb #bcfd5b95
+# %% ../nbs/01_config.ipynb #bf93b4d9
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "A study: which data, which model, which runs."
@@ -79,6 +79,7 @@ class Preset:
     needs: tuple[str, ...] = ()                  # folders that the data root must hold
     credentialed: bool = False                   # True: no picture, report or id may appear in an executed notebook
 
+# %% ../nbs/01_config.ipynb #75e05609
 def load_yaml(path: Path) -> dict:
     "A YAML mapping, loaded safely."
     try: d = yaml.safe_load(read_text(path))

@@ -85,7 +85,7 @@ def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - inter
     return np.where(np.isnan(union), -1., np.divide(inter, union, out=np.zeros_like(union), where=union > 0))
 
-# %% ../../nbs/evaluation/53_detection.ipynb #a28323f3
+# %% ../../nbs/evaluation/53_detection.ipynb #6904b182
 @dataclass(frozen=True)
 class Matches:
     "Detections of one class by falling score: their image [D], score [D], hit [T, D]; true boxes per image [N]."
@@ -95,6 +95,7 @@ class Matches:
     hit: np.ndarray
     positives: np.ndarray
 
+# %% ../../nbs/evaluation/53_detection.ipynb #2f1c0613
 def match(d: Detections, thresholds: Sequence[float], # of IoU, each above 0
           max_detections: int = 100 # per image and class; the best scored
           ) -> list[Matches]:
@@ -124,6 +125,7 @@ def match(d: Detections, thresholds: Sequence[float], # of IoU, each above 0
         out.append(Matches(name, d.found_image[order][mine], d.found_score[order][mine], hit[:, mine], np.bincount(d.truth_image[d.truth_class == c], minlength=len(d.images))))
     return out
 
+# %% ../../nbs/evaluation/53_detection.ipynb #8e9bd5e3
 def _greedy(iou: np.ndarray, t: np.ndarray) -> np.ndarray:
     "bool [T, K, D]: which detections take a true box; iou [K, D, G]."
     K, D, G = iou.shape

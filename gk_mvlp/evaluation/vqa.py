@@ -6,7 +6,7 @@
 __all__ = ['VQA_METRICS', 'normalize_answer', 'question_frame', 'majority_answers', 'check_answers', 'vqa_metrics',
            'accuracy_by_type']
 
-# %% ../../nbs/evaluation/55_vqa.ipynb #97b43cb3
+# %% ../../nbs/evaluation/55_vqa.ipynb #111267ea
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 
 from ..data.study import Study
-from .metrics import UndefinedMetric
 from ..paths import GKError
 
 # %% ../../nbs/evaluation/55_vqa.ipynb #b833bd0e

@@ -24,7 +24,7 @@ from ..evaluation.metrics import UndefinedMetric
 from ..evaluation.statistics import bootstrap_p, class_thresholds, holm, macro_weighted, patient_weights, percentile_interval, seed_mean, seed_picks, with_whole
 from ..paths import GKError, atomic_write, published_dir, read_text, write_json
 
-# %% ../../nbs/study/64_collect.ipynb #0a2353ca
+# %% ../../nbs/study/64_collect.ipynb #e39b4f66
 @dataclass(frozen=True)
 class Cell:
     "Test predictions of a method in all seeds of one (data set, ratio, protocol), for the same studies."
@@ -62,6 +62,7 @@ def load_cells(runs: Sequence[Path], base: Path) -> list[Cell]:
             parts.setdefault((c['dataset'], m, p, float(c['ratio'])), []).append((c['seed'], str(r.relative_to(base)), wide['y'], wide['score'], who, n, class_thresholds(*val)))
     return [_cell(k, sorted(v, key=lambda x: x[0])) for k, v in parts.items()]
 
+# %% ../../nbs/study/64_collect.ipynb #beb0fd85
 def _cell(key: tuple, v: list) -> Cell:
     first = v[0][2]
     for seed, run, y, *_ in v:
@@ -79,7 +80,7 @@ def resample(cell: Cell, weights: np.ndarray, picks: np.ndarray, # [B, N], [B, K
 
 METRICS = ('auroc', 'auprc', 'f1', 'accuracy', 'brier', 'ece')
 
-# %% ../../nbs/study/64_collect.ipynb #11fcce30
+# %% ../../nbs/study/64_collect.ipynb #f775336d
 def classification_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFrame:
     "Long table, one row per (data set, method, ratio, protocol, metric of `METRICS`): task, dataset, method, ratio, metric, mean, low, high, seeds, n, and what it rests on."
     rows = []
@@ -95,6 +96,7 @@ def classification_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFr
                          'n': len(c.y), 'protocol': c.protocol, 'n_patients': len(set(c.patients)), 'n_positive': int(np.nansum(c.y == 1)), **c.sizes, 'classes': classes, 'runs': ' '.join(c.runs)})
     return pd.DataFrame(rows).sort_values(['dataset', 'protocol', 'metric', 'method', 'ratio'], ignore_index=True)
 
+# %% ../../nbs/study/64_collect.ipynb #13209115
 def class_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFrame:
     "AUROC and AUPRC of every class, with its positives; a class without both values in the test split has a row without a number."
     rows = []

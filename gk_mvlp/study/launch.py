@@ -17,7 +17,7 @@ from pathlib import Path
 from ..config import Preset, from_params, load_preset
 from ..paths import GKError, data_root, project_root, results_dir, runs_dir
 
-# %% ../../nbs/study/62_launch.ipynb #37c09bed
+# %% ../../nbs/study/62_launch.ipynb #8f33b3e3
 BASELINES = ('pixels', 'scratch', 'baselines')
 
 def pretrained(method: str) -> bool: "Does a method start from a pre-training?"; return method not in BASELINES
@@ -26,6 +26,7 @@ def classification_jobs(p: Preset) -> list[str]:
     "Run ids `<dataset>-<method>-r<ratio>-s<seed>`."
     return [f'{d}-{m}-r{r:g}-s{s}' for d in p.classification for m in p.methods for r in p.ratios for s in p.seeds]
 
+# %% ../../nbs/study/62_launch.ipynb #416e5b95
 def task_methods(p: Preset, task: str) -> list[str]:
     "Methods of a task: its baselines, then those of the preset that can do it."
     return ['baselines', *(m for m in p.task_methods or p.methods if pretrained(m) or (m == 'scratch' and task != 'zero_shot'))]

@@ -6,14 +6,13 @@
 __all__ = ['TASKS', 'BASELINE', 'RUNNERS', 'TaskRun', 'run_zero_shot', 'run_localization', 'run_report_generation', 'run_vqa',
            'run_task', 'run_metrics']
 
-# %% ../../nbs/study/67_task_runs.ipynb #88804edd
+# %% ../../nbs/study/67_task_runs.ipynb #f2508176
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from ..config import from_params
 from ..data.study import Study, nested_subsets, save_subset
@@ -108,7 +107,7 @@ def run_zero_shot(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     if found: _maps(r, maps, found).to_parquet(run/'maps.parquet', index=False)
     return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/study/67_task_runs.ipynb #9f8fc44e
+# %% ../../nbs/study/67_task_runs.ipynb #7f462ccc
 def run_localization(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     "The table of `detection_frame` for the test split, one per method."
     options = from_params(LocalizationConfig, r.settings.get('localization', {}), 'preset, section localization')
@@ -138,6 +137,7 @@ def run_report_generation(r: TaskRun, config: TrainConfig, run: Path) -> pd.Data
         out.append(report_frame(test, net.write(data['test'], options), method={'gk_null': 'gk-null_prompts', 'gk_shuffled': 'gk-shuffled_prompts'}[kind], protocol='finetune'))
     return pd.concat([*out, near], ignore_index=True)
 
+# %% ../../nbs/study/67_task_runs.ipynb #6b90c62d
 def run_vqa(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     "Answers to the questions of the test split, in both forms."
     asked = question_frame(r.part['test'], ['test'])

@@ -6,7 +6,7 @@
 __all__ = ['NOTES', 'HEADLINE', 'TITLES', 'SHOWN', 'task_values', 'TaskCell', 'load_task_cells', 'task_table', 'task_comparisons',
            'task_wide', 'task_report', 'task_latex']
 
-# %% ../../nbs/study/68_task_tables.ipynb #3639ef3f
+# %% ../../nbs/study/68_task_tables.ipynb #a3457adc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..evaluation.detection import DETECTION_METRICS, detection_metrics
+from ..evaluation.detection import detection_metrics
 from ..evaluation.grounding import MAP_METRICS, choose_share, map_metrics
 from ..evaluation.metrics import UndefinedMetric
 from ..evaluation.statistics import bootstrap_p, holm, macro_weighted, patient_weights, percentile_interval, seed_mean, seed_picks, with_whole
-from ..evaluation.text import CLINICAL_METRICS, NLG_METRICS, report_metrics
+from ..evaluation.text import NLG_METRICS, report_metrics
 from ..evaluation.vqa import VQA_METRICS, vqa_metrics
 from ..paths import GKError, read_text
 from .collect import REFERENCES, published

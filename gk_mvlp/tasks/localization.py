@@ -6,7 +6,7 @@
 __all__ = ['BoxSet', 'box_names', 'SimplePyramid', 'PyramidBackbone', 'LocalizationConfig', 'FindingDetector', 'fit_localization',
            'constant_boxes']
 
-# %% ../../nbs/tasks/42_localization.ipynb #32a105d7
+# %% ../../nbs/tasks/42_localization.ipynb #c1a46f4b
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.models.detection import FCOS, FasterRCNN
@@ -107,7 +106,7 @@ class PyramidBackbone(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen): x = self._map(images)
         return self.pyramid(x)
 
-# %% ../../nbs/tasks/42_localization.ipynb #56fd7805
+# %% ../../nbs/tasks/42_localization.ipynb #84c86c81
 @dataclass(frozen=True)
 class LocalizationConfig:
     "How boxes are found. All values are ours."
@@ -121,6 +120,7 @@ class LocalizationConfig:
         if self.channels < 32 or self.channels % 32: raise GKError(f'localization.channels is {self.channels}', 'Use a multiple of 32.')
         if self.max_detections < 1: raise GKError(f'localization.max_detections is {self.max_detections}', 'Use at least 1.')
 
+# %% ../../nbs/tasks/42_localization.ipynb #0b18dae2
 class FindingDetector(nn.Module):
     "Encoder, pyramid and head; `forward` gives losses, `detect` boxes."
     def __init__(self, model: ImageEncoder | RegionDetector, classes: int, image_size: int, config: LocalizationConfig = LocalizationConfig()):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'answer_space', 'QASet', 'VQAModel', 'answer_questions', 'fit_vqa']
 
-# %% ../../nbs/tasks/44_vqa.ipynb #9d43c6e8
+# %% ../../nbs/tasks/44_vqa.ipynb #48bda8f4
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ..models.gk_mvlp import GKMVLP
 from ..models.losses import lm_loss
 from ..paths import GKError
 from .report_generation import GenerationConfig, mean_loss, visual_memory
-from ..training.batches import StudySet, run_batches
+from ..training.batches import StudySet
 from ..training.trainer import TrainConfig, Trainer
 
 # %% ../../nbs/tasks/44_vqa.ipynb #b26f063e
