@@ -4,7 +4,7 @@
 import json
 
 from gk_mvlp.config import load_preset
-from gk_mvlp.study.launch import classification_jobs, pretrained
+from gk_mvlp.study.launch import classification_jobs, pretrained, task_jobs
 from gk_mvlp.study.run import stage_sources
 
 PRESET, DATA = config["preset"], config.get("data") or ""     # "data=" on the command line arrives as None
@@ -56,12 +56,30 @@ rule classification:
         settings=json.dumps([P.data, P.model, P.finetune])
     shell: RUN
 
+TASK_NOTEBOOKS = {"zero_shot": "73", "localization": "74", "report_generation": "75", "vqa": "76"}
+
+rule task:
+    input: needs_model, nb=lambda w: f"nbs/experiments/{TASK_NOTEBOOKS[w.task]}_{w.task}.ipynb", detector=f"{DETECTOR}/metrics.json", lib=stage_sources("vqa")
+    output: f"{RUNS}/{{task}}/{{dataset}}-{{method}}-r{{ratio}}-s{{seed}}/metrics.json"
+    wildcard_constraints: task="|".join(TASK_NOTEBOOKS)
+    params:
+        label=lambda w: f"{w.task} on {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
+        p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w)),
+        settings=json.dumps([P.data, P.model, P.finetune, P.localization, P.generation])
+    shell: RUN
+
 CLASSIFICATION = [f"{RUNS}/classification/{j}/metrics.json" for j in classification_jobs(P)]
 
 rule tables:
     input: CLASSIFICATION, f"{DETECTOR}/metrics.json", PUBLISHED, nb="nbs/paper/90_tables.ipynb", lib=stage_sources("paper")
     output: f"{RUNS}/tables/metrics.json"
     params: label="tables", p=given(runs=RUNS, results=RESULTS)
+    shell: RUN
+
+rule task_tables:
+    input: [f"{RUNS}/{j}/metrics.json" for j in task_jobs(P)], PUBLISHED, nb="nbs/paper/92_task_tables.ipynb", lib=stage_sources("paper")
+    output: f"{RUNS}/task_tables/metrics.json"
+    params: label="tables of the tasks", p=given(runs=RUNS, results=RESULTS)
     shell: RUN
 
 rule figures:
@@ -71,6 +89,6 @@ rule figures:
     shell: RUN
 
 rule manifest:
-    input: rules.tables.output, rules.figures.output
+    input: rules.tables.output, rules.figures.output, rules.task_tables.output if P.tasks else []
     output: f"{RESULTS}/manifest.json"
     shell: "python -m gk_mvlp.study.collect {RUNS} {RESULTS}"

@@ -56,7 +56,7 @@ def from_params(cls, # a dataclass
     if missing: raise GKError(f'{where}: parameter {missing[0]!r} is missing', f'Give it as {type_name(known[missing[0]])}.')
     return cls(**params)
 
-# %% ../nbs/01_config.ipynb #f134fe25
+# %% ../nbs/01_config.ipynb #bf93b4d9
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "A study: which data, which model, which runs."
@@ -68,12 +68,18 @@ class Preset:
     finetune: dict                               # TrainConfig fields
     pretrain_dataset: str = 'phantom'
     classification: tuple[str, ...] = ('phantom',) # data sets
+    tasks: dict[str, list] = dataclasses.field(default_factory=dict) # zero_shot, localization, report_generation, vqa: data sets
+    task_methods: tuple[str, ...] = ()           # methods in these tasks; empty = methods
+    task_ratios: tuple[float, ...] = (100.,)     # per cent of the training patients, for tasks that train
+    localization: dict = dataclasses.field(default_factory=dict) # LocalizationConfig fields
+    generation: dict = dataclasses.field(default_factory=dict)   # GenerationConfig fields
     methods: tuple[str, ...] = ('scratch', 'itc_itm_lm', 'gk')
     ratios: tuple[float, ...] = (10., 100.)      # per cent of the labelled patients
     seeds: tuple[int, ...] = (0,)
     needs: tuple[str, ...] = ()                  # folders that the data root must hold
     credentialed: bool = False                   # True: no picture, report or id may appear in an executed notebook
 
+# %% ../nbs/01_config.ipynb #75e05609
 def load_yaml(path: Path) -> dict:
     "A YAML mapping, loaded safely."
     try: d = yaml.safe_load(read_text(path))

@@ -7,13 +7,14 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = '<!-- results: written by scripts/update_readme.py -->', '<!-- end of results -->'
-METHODS = ('constant', 'pixels', 'scratch', 'itc_itm_lm', 'gk', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts')
+METHODS = ('constant', 'pixels', 'scratch', 'itc_itm_lm', 'itc_itm_lm_ecls', 'gk', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts')
 
 
 def study(folder: Path) -> list[str]:
     "Duration, table and comparisons of one preset."
     manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
     table = pd.read_csv(folder/'tables/classification.csv')
+    table = table[table['metric'] == 'auroc']
     comparisons = pd.read_csv(folder/'tables/comparisons.csv')
     seconds = [r['seconds'] for r in manifest['runs'].values()]
     hardware = next(iter(manifest['runs'].values()))['hardware']

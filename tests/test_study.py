@@ -19,7 +19,7 @@ from gk_mvlp.config import load_preset
 from gk_mvlp.evaluation.metrics import auroc
 from gk_mvlp.paths import GKError
 from gk_mvlp.study import collect
-from gk_mvlp.study.launch import classification_jobs
+from gk_mvlp.study.launch import classification_jobs, task_jobs
 
 BIN = Path(sys.executable).parent
 
@@ -42,13 +42,14 @@ def test_everything_is_there(study):
     out, said = study
     p = load_preset('smoke')
     results = out/'paper_results/smoke'
-    for name in ('classification', 'comparisons', 'detector'):
+    for name in ('classification', 'classification_classes', 'comparisons', 'detector', 'zero_shot', 'localization', 'report_generation', 'vqa'):
         for kind in ('csv', 'md', 'tex'): assert (results/f'tables/{name}.{kind}').stat().st_size > 0
-    for name in ('losses', 'roc', 'low_data', 'regions', 'grounding'):
+    for name in ('losses', 'roc', 'reliability', 'low_data', 'regions', 'grounding'):
         assert (results/f'figures/{name}.pdf').stat().st_size > 0
         picture = np.asarray(Image.open(results/f'figures/{name}.png').convert('L'))
         assert picture.std() > 5, f'{name} is not blank'
     runs = [out/'runs/smoke/classification'/j for j in classification_jobs(p)] + [out/'runs/smoke/detector', out/'runs/smoke/pretrain/gk-s0', out/'runs/smoke/pretrain/itc_itm_lm-s0']
+    runs += [out/'runs/smoke'/j for j in task_jobs(p)]
     for r in runs:
         assert {'run.ipynb', 'config.json', 'metrics.json', 'env.json'} <= {f.name for f in r.iterdir()}, r
         nb = nbformat.read(r/'run.ipynb', as_version=4)
@@ -62,12 +63,23 @@ def test_the_table_is_recomputed_from_predictions(study):
     table = pd.read_csv(out/'paper_results/smoke/tables/classification.csv')
     assert {'task', 'dataset', 'method', 'ratio', 'metric', 'mean', 'low', 'high', 'seeds', 'n'} <= set(table.columns)
     assert {'constant', 'pixels', 'scratch', 'itc_itm_lm', 'gk', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts'} <= set(table['method'])
+    assert {'auroc', 'auprc', 'f1', 'accuracy', 'brier', 'ece'} == set(table['metric'])
+    table = table[table['metric'] == 'auroc']
     for r in table.itertuples():
         f = pd.read_parquet(out/'runs/smoke'/r.runs.split()[0]/'predictions.parquet')
         f = f[(f['split'] == 'test') & (f['method'] == r.method) & (f['protocol'] == r.protocol)].dropna(subset=['y'])
         each = [auroc(g['y'].to_numpy(), g['score'].to_numpy()) for _, g in f.groupby('label') if g['y'].nunique() == 2]
         assert np.isclose(np.mean(each), r.mean, atol=1e-5) and r.low <= r.mean + 1e-9 and r.mean <= r.high + 1e-9 and r.n == f['study_id'].nunique()
     assert np.allclose(table.loc[table['method'] == 'constant', ['mean', 'low', 'high']], .5)
+
+
+def test_task_tables_hold_baselines_and_the_columns_of_every_table(study):
+    out, _ = study
+    need = {'zero_shot': {'constant', 'gk', 'centre', 'train_prior'}, 'localization': {'constant', 'gk'}, 'report_generation': {'constant_normal', 'most_frequent', 'nearest_neighbour', 'gk', 'gk-null_prompts'}, 'vqa': {'majority', 'question_only', 'gk'}}
+    for task, methods in need.items():
+        t = pd.read_csv(out/f'paper_results/smoke/tables/{task}.csv')
+        assert {'task', 'dataset', 'method', 'ratio', 'metric', 'mean', 'low', 'high', 'seeds', 'n'} <= set(t.columns) and methods <= set(t['method']), task
+        ok = t.dropna(subset=['low', 'high']); assert len(ok) and (ok['low'] <= ok['high']).all()
 
 
 def test_test_patients_are_new(study):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UndefinedMetric', 'check_binary', 'midranks', 'auroc', 'auprc', 'multilabel_scores', 'macro', 'align_predictions',
-           'best_threshold', 'threshold_metrics', 'calibration_bins', 'ece', 'brier', 'box_iou']
+           'best_threshold', 'threshold_metrics', 'check_probability', 'mass_bins', 'calibration_bins', 'ece', 'brier',
+           'box_iou']
 
 # %% ../../nbs/evaluation/50_metrics.ipynb #0c7c9337
 from collections.abc import Sequence
@@ -134,20 +135,25 @@ def threshold_metrics(y: np.ndarray, # [N], 0 or 1
     return {'threshold': float(threshold), 'tp': tp, 'fp': fp, 'fn': fn, 'tn': tn, 'accuracy': (tp + tn) / len(y), 'precision': ratio(tp, tp + fp),
             'sensitivity': ratio(tp, tp + fn), 'specificity': ratio(tn, tn + fp), 'f1': ratio(2 * tp, 2 * tp + fp + fn)}
 
-# %% ../../nbs/evaluation/50_metrics.ipynb #68360ac0
-def _check_probability(y, p) -> tuple[np.ndarray, np.ndarray]:
+# %% ../../nbs/evaluation/50_metrics.ipynb #06fbfb78
+def check_probability(y: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "As `check_binary`, for probabilities in 0..1."
     y, p = check_binary(y, p)
     if (p < 0).any() or (p > 1).any(): raise GKError(f'scores in {p.min():.3g}..{p.max():.3g} are not probabilities', 'Apply a sigmoid or softmax first.')
     return y, p
+
+def mass_bins(p: np.ndarray, n_bins: int = 10) -> np.ndarray:
+    "[N] numbers of bins with about the same number of studies; equal probabilities share a bin."
+    return np.minimum((np.searchsorted(np.sort(p), p) * n_bins / len(p)).astype(int), n_bins - 1)
 
 def calibration_bins(y: np.ndarray, p: np.ndarray, # [N] labels 0/1 and [N] probabilities
                      n_bins: int = 10, scheme: str = 'mass' # 'mass' or 'width'
                      ) -> pd.DataFrame:
     "`n`, mean probability `confidence` and share of positives `frequency` of each non-empty bin; equal probabilities never part."
-    y, p = _check_probability(y, p)
+    y, p = check_probability(y, p)
     if n_bins < 1: raise GKError(f'n_bins {n_bins!r}', 'Use 1 or more.')
     if scheme == 'width': b = np.minimum((p * n_bins).astype(int), n_bins - 1)
-    elif scheme == 'mass': b = np.minimum((np.searchsorted(np.sort(p), p) * n_bins / len(p)).astype(int), n_bins - 1)
+    elif scheme == 'mass': b = mass_bins(p, n_bins)
     else: raise GKError(f'{scheme!r}: unknown scheme', "Use 'mass' or 'width'.")
     g = pd.DataFrame({'b': b, 'p': p, 'y': y.astype(float)}).groupby('b')
     return pd.DataFrame({'n': g.size(), 'confidence': g['p'].mean(), 'frequency': g['y'].mean()}).reset_index(drop=True)
@@ -159,7 +165,7 @@ def ece(y: np.ndarray, p: np.ndarray, n_bins: int = 10, scheme: str = 'mass') ->
 
 def brier(y: np.ndarray, p: np.ndarray) -> float:
     "Mean squared error of the probabilities, 0 (perfect) to 1."
-    y, p = _check_probability(y, p)
+    y, p = check_probability(y, p)
     return float(np.mean((p - y) ** 2))
 
 # %% ../../nbs/evaluation/50_metrics.ipynb #8c8843e7

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'GROUP_COLOURS', 'save_figure', 'show_picture', 'draw_boxes', 'region_colours', 'plot_regions',
-           'prompt_attention', 'plot_grounding', 'macro_roc', 'plot_roc', 'plot_low_data']
+           'prompt_attention', 'plot_grounding', 'macro_roc', 'plot_roc', 'plot_reliability', 'plot_low_data']
 
-# %% ../../nbs/study/65_figures.ipynb #f722bde4
+# %% ../../nbs/study/65_figures.ipynb #8c042b65
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from sklearn.metrics import roc_curve
 
 from ..data.anatomy import REGION_GROUPS, REGIONS
 from ..data.knowledge import ENTITY_NAMES
+from ..evaluation.metrics import calibration_bins, ece
 from ..models.gk_mvlp import GKMVLP
 from ..paths import atomic_write
 
@@ -120,6 +121,23 @@ def plot_roc(frames: dict[str, list[pd.DataFrame]], # method: one frame of test 
     ax.plot([0, 1], [0, 1], color='grey', ls=':', lw=.8)
     ax.set(xlabel='false positive rate', ylabel='true positive rate', title=title, aspect='equal', xlim=(0, 1), ylim=(0, 1.01))
     ax.legend(fontsize=7, frameon=False, loc='lower right', title='AUROC', title_fontsize=7)
+    sns.despine(ax=ax)
+    return ax
+
+# %% ../../nbs/study/65_figures.ipynb #62bacd1a
+def plot_reliability(frames: dict[str, list[pd.DataFrame]], # method: one frame of test predictions per seed
+                     title: str = '', ax: plt.Axes | None = None, n_bins: int = 10) -> plt.Axes:
+    "Share of positives against predicted probability in bins of equal mass."
+    ax = ax or plt.subplots(figsize=(3.6, 3.4))[1]
+    spare = sns.color_palette('dark', len(frames))
+    for k, (name, runs) in enumerate(frames.items()):
+        f = pd.concat(runs).dropna(subset=['y'])
+        y, p = f['y'].to_numpy(), f['score'].to_numpy()
+        t = calibration_bins(y, p, n_bins)
+        ax.plot(t['confidence'], t['frequency'], 'o-', ms=3, color=METHOD_COLOURS.get(name, spare[k]), label=f'{name} ({ece(y, p, n_bins):.3f})')
+    ax.plot([0, 1], [0, 1], color='grey', ls=':', lw=.8)
+    ax.set(xlabel='predicted probability', ylabel='share of positives', title=title, aspect='equal', xlim=(0, 1), ylim=(0, 1))
+    ax.legend(fontsize=7, frameon=False, loc='upper left', title='calibration error', title_fontsize=7)
     sns.despine(ax=ax)
     return ax
 

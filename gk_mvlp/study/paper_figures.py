@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAIN', 'FigureJob']
 
-# %% ../../nbs/study/66_paper_figures.ipynb #f26493e9
+# %% ../../nbs/study/66_paper_figures.ipynb #291b7e2b
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +19,12 @@ from ..config import Preset
 from ..models.gk_mvlp import GKMVLP
 from ..paths import GKError, read_text
 from .experiments import LOSSES, cache_dir, detect, load_detector, load_studies
-from .figures import METHOD_COLOURS, plot_grounding, plot_low_data, plot_regions, plot_roc, save_figure
+from .figures import METHOD_COLOURS, plot_grounding, plot_low_data, plot_regions, plot_reliability, plot_roc, save_figure
 from .launch import pretrained
 from ..training.batches import StudySet, load_pictures, true_regions
 
-# %% ../../nbs/study/66_paper_figures.ipynb #0c593873
-MAIN = ('pixels', 'scratch', 'itc_itm_lm', 'gk') # methods that the curves show; the controls are in the tables
+# %% ../../nbs/study/66_paper_figures.ipynb #2fab7644
+MAIN = ('pixels', 'scratch', 'itc_itm_lm', 'itc_itm_lm_ecls', 'gk') # methods that the curves show; the controls are in the tables
 
 class FigureJob:
     "Makes the figures of a preset from its finished runs."
@@ -65,7 +65,7 @@ def losses(self: FigureJob) -> plt.Figure:
     sns.despine(fig); fig.tight_layout()
     return self._save(fig, 'losses', used)
 
-# %% ../../nbs/study/66_paper_figures.ipynb #6f6bae41
+# %% ../../nbs/study/66_paper_figures.ipynb #3495e1fc
 @patch
 def _test_predictions(self: FigureJob, dataset: str, method: str, ratio: float, protocol: str) -> tuple[list[pd.DataFrame], list[str]]:
     ids = [f'classification/{dataset}-{method}-r{ratio:g}-s{s}' for s in self.preset.seeds]
@@ -73,8 +73,8 @@ def _test_predictions(self: FigureJob, dataset: str, method: str, ratio: float, 
     return [f[(f['split'] == 'test') & (f['method'] == method) & (f['protocol'] == protocol)] for f in frames], ids
 
 @patch
-def roc(self: FigureJob) -> plt.Figure:
-    "Linear-probe ROC on the test split with the largest share of labels, one panel per data set."
+def _panels(self: FigureJob, plot, name: str) -> plt.Figure:
+    "`plot` of the linear probes with the largest share of labels, one panel per data set."
     sets, used = self.preset.classification, []
     fig, axes = plt.subplots(1, len(sets), figsize=(3.7 * len(sets), 3.6), squeeze=False)
     for ax, d in zip(axes[0], sets, strict=True):
@@ -82,16 +82,22 @@ def roc(self: FigureJob) -> plt.Figure:
         for m in [m for m in MAIN if m in self.preset.methods]:
             frames[m], ids = self._test_predictions(d, m, max(self.preset.ratios), 'linear_probe'); used += ids
         n = frames[next(iter(frames))][0]['study_id'].nunique()
-        plot_roc(frames, f'{d}, {max(self.preset.ratios):g} % of labels, {n} test studies', ax)
+        plot(frames, f'{d}, {max(self.preset.ratios):g} % of labels, {n} test studies', ax)
         ax.title.set_fontsize(8)
     fig.tight_layout()
-    return self._save(fig, 'roc', used)
+    return self._save(fig, name, used)
+
+@patch
+def roc(self: FigureJob) -> plt.Figure: return self._panels(plot_roc, 'roc')
+
+@patch
+def reliability(self: FigureJob) -> plt.Figure: return self._panels(plot_reliability, 'reliability')
 
 @patch
 def low_data(self: FigureJob) -> plt.Figure:
     "AUROC against the share of labels, one panel per data set and protocol, with 95 % intervals."
     t = pd.read_csv(self.figures.parent/'tables'/'classification.csv')
-    t = t[t['method'].isin(MAIN)]
+    t = t[t['method'].isin(MAIN) & (t['metric'] == 'auroc')]
     panels = [(d, p) for d in self.preset.classification for p in ('linear_probe', 'finetune')]
     fig, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), squeeze=False, sharey=True)
     for ax, (d, p) in zip(axes[0], panels, strict=True): plot_low_data(t[(t['dataset'] == d) & (t['protocol'] == p)], f'{d}, {p.replace("_", " ")}', ax)
