@@ -6,7 +6,7 @@
 __all__ = ['METHOD_COLOURS', 'GROUP_COLOURS', 'save_figure', 'show_picture', 'draw_boxes', 'region_colours', 'plot_regions',
            'prompt_attention', 'plot_grounding', 'macro_roc', 'plot_roc', 'plot_reliability', 'plot_low_data']
 
-# %% ../../nbs/study/65_figures.ipynb #8c042b65
+# %% ../../nbs/study/65_figures.ipynb #b5e82c70
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from ..evaluation.metrics import calibration_bins, ece
 from ..models.gk_mvlp import GKMVLP
 from ..paths import atomic_write
 
-METHOD_COLOURS = dict(zip(('gk', 'itc_itm_lm', 'scratch', 'pixels', 'itc', 'itc_local'), sns.color_palette('colorblind', 6), strict=True)) # the same in every figure
+METHOD_COLOURS = dict(zip(('gk', 'itc_itm_lm', 'scratch', 'pixels', 'itc', 'itc_local', 'itc_itm_lm_ecls', 'gk-without_ecls'), sns.color_palette('colorblind', 8), strict=True)) # the same in every figure
 GROUP_COLOURS = dict(zip(REGION_GROUPS, sns.color_palette('colorblind', len(REGION_GROUPS)), strict=True))
 
 # %% ../../nbs/study/65_figures.ipynb #7786f891

@@ -39,7 +39,7 @@ class FigureJob:
 
     def objectives(self) -> list[str]: "Pre-trained methods of the preset."; return [m for m in self.preset.methods if pretrained(m)]
 
-# %% ../../nbs/study/66_paper_figures.ipynb #565379fb
+# %% ../../nbs/study/66_paper_figures.ipynb #30090687
 @patch
 def losses(self: FigureJob) -> plt.Figure:
     "Training (thin) and validation (thick) losses of every objective and seed; dotted: a model that knows nothing."
@@ -54,7 +54,7 @@ def losses(self: FigureJob) -> plt.Figure:
                 for kind, c in (('training', k), ('validation', f'val_{k}')):
                     if c in h: rows.append(pd.DataFrame({'epoch': h['epoch'], 'value': h[c], 'loss': k, 'split': kind, 'method': m, 'seed': s}))
     if not rows: raise GKError('the preset has no pre-trained method', 'Add itc_itm_lm or gk to its methods.')
-    d = pd.concat(rows)
+    d = pd.concat(rows, ignore_index=True).dropna(subset='value')       # validation is not done in every epoch
     keys = [k for k in LOSSES if k in set(d['loss'])]
     fig, axes = plt.subplots(1, len(keys), figsize=(2.9 * len(keys), 2.7), squeeze=False)
     for ax, k in zip(axes[0], keys, strict=True):
