@@ -109,14 +109,17 @@ def about_model(folder: Path # a model folder
     preset = folder.resolve().parents[2].name if metrics.is_file() and len(folder.resolve().parents) > 2 else ''
     return {'name': f'{preset}/{folder.parent.name}' if preset else folder.name, 'preset': preset, 'stuck': stuck}
 
-# %% ../../nbs/apps/80_predict.ipynb #c9ace593
+# %% ../../nbs/apps/80_predict.ipynb #9b1436e3
 class Predictor:
     "A model with its detector; calling it with a picture gives a `Prediction`."
-    def __init__(self, model: GKMVLP, detector: RegionDetector, about: dict | None = None):
+    def __init__(self, model: GKMVLP, detector: RegionDetector, about: dict | None = None,
+                 folder: Path | None = None # where the model was read from
+                 ):
         if not model.config.gk: raise GKError(f'this model has objective {model.config.objective!r} and no GK module, so it grounds nothing', "Give a model of objective 'gk'.")
         if detector.config.image_size != model.config.image_size:
             raise GKError(f'the detector sees {detector.config.image_size} pixels and the model {model.config.image_size}', 'Take both from the same study.')
         self.model, self.detector, self.about = model.eval(), detector.eval(), about or {'name': '', 'preset': '', 'stuck': []}
+        self.folder = folder
 
     @classmethod
     def from_pretrained(cls, folder: str | Path = '', # '' = the largest finished study in runs/, else smoke is trained
@@ -124,8 +127,11 @@ class Predictor:
         "The model of a folder written by `gk-mvlp export` or by a pre-training run, with its detector."
         path = Path(folder) if str(folder) else find_model() or train_smoke(say)
         if (path/'model'/'config.json').is_file(): path = path/'model'                  # a run folder
-        model = GKMVLP.from_pretrained(path)
-        return cls(model, RegionDetector.load(detector_folder(path)), about_model(path))
+        before = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()          # it does not know our config.json's model type, and need not
+        try: model = GKMVLP.from_pretrained(path)
+        finally: transformers_logging.set_verbosity(before)
+        return cls(model, RegionDetector.load(detector_folder(path)), about_model(path), path)
 
     def batch(self, image: np.ndarray) -> dict:
         "The picture and its regions, as the model takes them."
@@ -277,10 +283,9 @@ def describe(p: Prediction, about: dict | None = None) -> str:
         out.append(f'  {name:22s}{e["share"]:6.3f}  {where}')
     return '\n'.join([*out, f'Report: {p.report or "(empty)"}', NOTICE])
 
-# %% ../../nbs/apps/80_predict.ipynb #76a5d0c4
+# %% ../../nbs/apps/80_predict.ipynb #10f98a8a
 def predict_command(image: str, model: str = '', question: str = '', prompts: str = 'predicted', report_out: str = '', overlay_out: str = '', as_json: bool = False) -> int:
     "Predict one file, print text or JSON (notes go to standard error), write the report and the overlay where asked."
-    transformers_logging.set_verbosity_error()
     warnings.filterwarnings('ignore', category=FutureWarning)
     if question: parse_question(question)                    # mistakes are said before a model is loaded, or even trained
     load_image(image); check_grey(image)
