@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NOTICE', 'VALUES', 'check_grey', 'Prediction', 'find_model', 'train_smoke', 'detector_folder', 'about_model',
-           'Predictor', 'mark_entities', 'Answer', 'parse_question', 'overlay', 'describe', 'predict_command']
+           'warning_text', 'Predictor', 'mark_entities', 'Answer', 'parse_question', 'overlay', 'describe',
+           'predict_command']
 
-# %% ../../nbs/apps/80_predict.ipynb #fd969a0c
+# %% ../../nbs/apps/80_predict.ipynb #7aad1f29
 import json
 import re
 import sys
@@ -33,6 +34,8 @@ from ..study.figures import region_colours
 from ..training.batches import StudySet
 
 NOTICE = 'Research only, not for clinical use.'
+# generate's cache argument was renamed in transformers 5; the old name works in all versions that we allow
+warnings.filterwarnings('ignore', message='`past_key_values` is deprecated', category=FutureWarning)
 
 # %% ../../nbs/apps/80_predict.ipynb #e9f22640
 def check_grey(source: Path | str | np.ndarray, # as `load_image` takes it
@@ -108,6 +111,15 @@ def about_model(folder: Path # a model folder
     stuck = sorted(k.removesuffix('_verdict') for k, v in known.items() if k.endswith('_verdict') and v != 'ok')
     preset = folder.resolve().parents[2].name if metrics.is_file() and len(folder.resolve().parents) > 2 else ''
     return {'name': f'{preset}/{folder.parent.name}' if preset else folder.name, 'preset': preset, 'stuck': stuck}
+
+# %% ../../nbs/apps/80_predict.ipynb #7aba6955
+_RESTS_ON = {'itc': 'yes/no answers', 'itm': 'image-report matching', 'lm': 'the report', 'ecls': 'entity scores and the choice of prompts'}
+
+def warning_text(about: dict) -> str:
+    "One sentence on what of a model's output means nothing; '' if every loss learnt."
+    if not about['stuck']: return ''
+    what = ' and '.join(_RESTS_ON.get(k, k) for k in about['stuck'])
+    return f'WARNING: the pre-training of {about["name"] or "this model"} did not learn {", ".join(k.upper() for k in about["stuck"])} (stuck where a model that knows nothing is), so {what} mean nothing.'
 
 # %% ../../nbs/apps/80_predict.ipynb #9b1436e3
 class Predictor:
@@ -270,11 +282,11 @@ def overlay(p: Prediction, entity: str = '', # '' = all regions, else the region
         draw.text((x + 4, y + 3), f'{name} {a[name]:.2f}', fill='white', font=font, stroke_width=2, stroke_fill='black')
     return Image.alpha_composite(base.convert('RGBA'), glow).convert('RGB')
 
-# %% ../../nbs/apps/80_predict.ipynb #1962b799
+# %% ../../nbs/apps/80_predict.ipynb #431bf029
 def describe(p: Prediction, about: dict | None = None) -> str:
     "The prediction as plain text for a terminal."
     r, out = p.regions, []
-    if about and about['stuck']: out.append(f'WARNING: in the pre-training of {about["name"]} these losses stayed where a model that knows nothing is: {", ".join(about["stuck"])}. Read nothing into its output.')
+    if about and about['stuck']: out.append(warning_text(about))
     missing = r.index[~r['found']].tolist()
     out.append(f'Regions found: {int(r["found"].sum())} of {len(r)}' + (f' (not: {", ".join(missing)})' if missing else ''))
     out.append(f'Entities (prompt mode {p.mode}; share: {"of all entities" if abs(p.entities["share"].sum() - 1) < 1e-3 else "of 1, each by itself"}; lift 1 = no grounding)')
@@ -283,10 +295,9 @@ def describe(p: Prediction, about: dict | None = None) -> str:
         out.append(f'  {name:22s}{e["share"]:6.3f}  {where}')
     return '\n'.join([*out, f'Report: {p.report or "(empty)"}', NOTICE])
 
-# %% ../../nbs/apps/80_predict.ipynb #10f98a8a
+# %% ../../nbs/apps/80_predict.ipynb #9f17a2ce
 def predict_command(image: str, model: str = '', question: str = '', prompts: str = 'predicted', report_out: str = '', overlay_out: str = '', as_json: bool = False) -> int:
     "Predict one file, print text or JSON (notes go to standard error), write the report and the overlay where asked."
-    warnings.filterwarnings('ignore', category=FutureWarning)
     if question: parse_question(question)                    # mistakes are said before a model is loaded, or even trained
     load_image(image); check_grey(image)
     predictor = Predictor.from_pretrained(model, say=lambda text: print(text, file=sys.stderr, flush=True))
