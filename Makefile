@@ -8,7 +8,7 @@ STAMP  := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install paper plan test sync notebooks hooks lab readme tensorboard clean
+.PHONY: help install paper plan test sync notebooks hooks lab readme docs tensorboard clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lab: $(STAMP) ## open JupyterLab with the kernel of .venv
 
 readme: $(STAMP) ## write the generated part of README.md from paper_results
 	@$(BIN)/python scripts/update_readme.py
+
+docs: $(STAMP) ## build the documentation site, offline: _docs/index.html
+	@$(BIN)/python scripts/build_docs.py
 
 tensorboard: $(STAMP) ## loss curves of all runs
 	@$(BIN)/tensorboard --logdir runs
