@@ -22,7 +22,7 @@ from .images import load_image
 from .study import Study, check_splits, picture_hash, split_by_patient, study_to_dict, validate
 from ..paths import GKError
 
-# %% ../../nbs/data/19_registry.ipynb #0b9e9198
+# %% ../../nbs/data/19_registry.ipynb #20d841b2
 @dataclass(frozen=True)
 class Entry:
     "A registered data set: its loader (or 'module:function'), and whether its splits keep patients apart ('patient') or only questions ('question')."
@@ -35,6 +35,7 @@ _REGISTRY: dict[str, Entry] = {e.name: e for e in (
     Entry('covid_chestxray', 'gk_mvlp.data.covid_chestxray:load_covid_chestxray'),
     Entry('nih', 'gk_mvlp.data.nih:load_nih'),
     Entry('rsna', 'gk_mvlp.data.rsna:load_rsna'),
+    Entry('iu_xray', 'gk_mvlp.data.iu_xray:load_iu_xray'),
     Entry('vqa_rad', 'gk_mvlp.data.vqa_rad:load_vqa_rad', split_by='question'))}
 
 def dataset_names() -> list[str]:
@@ -162,7 +163,7 @@ def load_dataset(name: str, # see `dataset_names()`
     if not chosen: raise GKError(f'data set {name!r} has no split {split!r}', f'Its splits: {", ".join(sorted({s.split for s in studies}))}.')
     return chosen
 
-# %% ../../nbs/data/19_registry.ipynb #ca28403d
+# %% ../../nbs/data/19_registry.ipynb #58f350bb
 def data_fingerprint(studies: Sequence[Study],
                      pictures: str = 'size' # files by 'size' (fast) or by 'bytes'; arrays always by their pixels
                      ) -> str:
@@ -174,6 +175,7 @@ def data_fingerprint(studies: Sequence[Study],
         d['report'] = hashlib.sha256(s.report.encode()).hexdigest()
         d['relations'] = sorted(d['relations'])
         d.pop('attributes')                                   # may hold paths
+        d['other_views'] = [[p.name, p.stat().st_size if pictures == 'size' else hashlib.sha256(p.read_bytes()).hexdigest()] for p in s.other_views]
         if s.image is None: d['image'] = ''
         elif isinstance(s.image, Path): d['image'] = [s.image.name, s.image.stat().st_size if pictures == 'size' else hashlib.sha256(s.image.read_bytes()).hexdigest()]
         else: d['image'] = picture_hash(s.image)

@@ -84,7 +84,7 @@ def box_xywh(values: Sequence[float], # x, y, width, height in pixels
     if b[2] <= b[0] or b[3] <= b[1]: raise GKError(f'{where}: box {list(values)} lies outside the picture of {size[0]:g}x{size[1]:g} pixels', 'Check the unit of the box.')
     return b
 
-# %% ../../nbs/02_tables.ipynb #c56e534c
+# %% ../../nbs/02_tables.ipynb #9394f63f
 def picture_path(folder: Path, name: str, where: str) -> Path:
     "`folder/name`, or a `GKError` if the name is empty or leads out of the folder."
     p = PurePosixPath(name.replace('\\', '/'))
@@ -104,4 +104,9 @@ def keep_pictures(studies: list[Study], # with `image` a path
         if bad == 'raise': raise GKError(f'{name}: {missing} of {len(studies)} pictures are missing, first {first}', 'Put them there, or load with bad="skip".')
         warnings.warn(f'{name}: left out {missing} of {len(studies)} studies without a picture file', stacklevel=3)
     if not kept: raise GKError(f'{name}: none of {len(studies)} studies has a picture', 'Check the data root.')
+    gone = [p for s in kept for p in s.other_views if not p.is_file()]
+    if gone:
+        if bad == 'raise': raise GKError(f'{name}: {len(gone)} further views are missing, first {gone[0]}', 'Put them there, or load with bad="skip".')
+        warnings.warn(f'{name}: left out {len(gone)} further views without a picture file', stacklevel=3)
+        for s in kept: s.other_views = tuple(p for p in s.other_views if p.is_file())
     return kept
