@@ -87,7 +87,7 @@ def test_real_openi(real_data):
     assert len(r) == 3955 and Counter(len(x['images']) for x in r) == {2: 3208, 1: 446, 3: 181, 0: 104, 4: 15, 5: 1}
     assert sum(not x['sections']['FINDINGS'] for x in r) == 530 and sum(not x['sections']['FINDINGS'] and not x['sections']['IMPRESSION'] for x in r) == 28
     s = load_iu_xray(real_data, layout='openi', pictures=False)
-    assert len(s) == 3927 and sum(x.labels.get('normal', 0) for x in s) == 1391 and len({x.subject_id for x in s}) == 3927
+    assert sum(x['mesh'] == ['normal'] for x in r) == 1391 and sum(x.labels.get('normal', 0) for x in s) == 1363 and len(s) == 3927 and len({x.subject_id for x in s}) == 3927
     views = read_projections(real_data/'iu_xray')
     assert Counter(views.values()) == {'Frontal': 3818, 'Lateral': 3648}
     from gk_mvlp.data.iu_xray import _view

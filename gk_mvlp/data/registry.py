@@ -22,7 +22,7 @@ from .images import load_image
 from .study import Study, check_splits, picture_hash, split_by_patient, study_to_dict, validate
 from ..paths import GKError
 
-# %% ../../nbs/data/19_registry.ipynb #20d841b2
+# %% ../../nbs/data/19_registry.ipynb #c824bd78
 @dataclass(frozen=True)
 class Entry:
     "A registered data set: its loader (or 'module:function'), and whether its splits keep patients apart ('patient') or only questions ('question')."
@@ -36,6 +36,7 @@ _REGISTRY: dict[str, Entry] = {e.name: e for e in (
     Entry('nih', 'gk_mvlp.data.nih:load_nih'),
     Entry('rsna', 'gk_mvlp.data.rsna:load_rsna'),
     Entry('iu_xray', 'gk_mvlp.data.iu_xray:load_iu_xray'),
+    Entry('slake', 'gk_mvlp.data.slake:load_slake'),
     Entry('vqa_rad', 'gk_mvlp.data.vqa_rad:load_vqa_rad', split_by='question'))}
 
 def dataset_names() -> list[str]:
