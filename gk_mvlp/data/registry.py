@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FRACTIONS', 'Entry', 'dataset_names', 'register', 'dataset_options', 'picture_hashes', 'assign_splits',
-           'split_together', 'load_dataset', 'data_fingerprint']
+           'split_together', 'save_split_lists', 'apply_split_lists', 'load_dataset', 'data_fingerprint']
 
-# %% ../../nbs/data/19_registry.ipynb #f7873660
+# %% ../../nbs/data/19_registry.ipynb #ea7a0df7
 import hashlib
 import importlib
 import inspect
@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 
 from .images import load_image
 from .study import Study, check_splits, picture_hash, split_by_patient, study_to_dict, validate
-from ..paths import GKError
+from .tables import read_json
+from ..paths import GKError, atomic_write, read_text, write_json
 
-# %% ../../nbs/data/19_registry.ipynb #c824bd78
+# %% ../../nbs/data/19_registry.ipynb #1a1a003d
 @dataclass(frozen=True)
 class Entry:
     "A registered data set: its loader (or 'module:function'), and whether its splits keep patients apart ('patient') or only questions ('question')."
@@ -35,6 +36,7 @@ _REGISTRY: dict[str, Entry] = {e.name: e for e in (
     Entry('covid_chestxray', 'gk_mvlp.data.covid_chestxray:load_covid_chestxray'),
     Entry('nih', 'gk_mvlp.data.nih:load_nih'),
     Entry('rsna', 'gk_mvlp.data.rsna:load_rsna'),
+    Entry('chexpert', 'gk_mvlp.data.chexpert:load_chexpert'),
     Entry('iu_xray', 'gk_mvlp.data.iu_xray:load_iu_xray'),
     Entry('slake', 'gk_mvlp.data.slake:load_slake'),
     Entry('vqa_rad', 'gk_mvlp.data.vqa_rad:load_vqa_rad', split_by='question'))}
@@ -134,16 +136,46 @@ def split_together(*groups: list[Study], fractions: dict[str, float] | None = No
     studies = [s for g in groups for s in g]
     for s, part in zip(studies, split_by_patient([s.subject_id for s in studies], fractions or FRACTIONS, seed), strict=True): s.split = str(part)
 
-# %% ../../nbs/data/19_registry.ipynb #9a3d16d3
+# %% ../../nbs/data/19_registry.ipynb #0a03ce64
+def save_split_lists(folder: str | Path, studies: Sequence[Study], **about) -> None:
+    "Write `<split>.txt` (one study id a line, sorted) and `splits.json` (counts of studies and patients, a hash, and `about`)."
+    folder, parts = Path(folder), {}
+    for s in studies: parts.setdefault(s.split, []).append(s)
+    summary = {}
+    for split, group in sorted(parts.items()):
+        text = ''.join(f'{i}\n' for i in sorted(s.study_id for s in group))
+        with atomic_write(folder/f'{split}.txt') as f: f.write(text)
+        summary[split] = {'studies': len(group), 'patients': len({s.subject_id for s in group}), 'sha256': hashlib.sha256(text.encode()).hexdigest()}
+    write_json(folder/'splits.json', {'about': about, 'splits': summary})           # last: a folder with it is whole
+
+def apply_split_lists(folder: str | Path, studies: Sequence[Study], bad: str = 'raise') -> None:
+    "Set `split` of every study by the lists of `save_split_lists`; ids without a study raise, or with 'skip' are counted in one warning."
+    folder, where = Path(folder), {}
+    summary = read_json(folder/'splits.json')
+    try: parts = {split: (read_text(folder/f'{split}.txt'), v['sha256']) for split, v in summary['splits'].items()}
+    except (KeyError, TypeError, AttributeError) as err: raise GKError(f'{folder}/splits.json: not a summary of split lists ({err})', 'Remove the folder to draw the split again.') from err
+    for split, (text, digest) in parts.items():
+        if hashlib.sha256(text.encode()).hexdigest() != digest: raise GKError(f'{folder}/{split}.txt: changed since it was written', 'Restore it, or remove the folder to draw the split again.')
+        for i in text.splitlines():
+            if where.setdefault(i, split) != split: raise GKError(f'{folder}: study {i!r} is in {where[i]}.txt and {split}.txt', 'Keep one.')
+    unknown = [s.study_id for s in studies if s.study_id not in where]
+    if unknown: raise GKError(f'{folder}: no list holds study {unknown[0]!r} ({len(unknown)} such studies)', 'The lists are of other data; use another folder.')
+    if gone := len(where) - len({s.study_id for s in studies}):
+        if bad != 'skip': raise GKError(f'{folder}: {gone} listed studies were not loaded', 'Complete the data, or load with bad="skip".')
+        warnings.warn(f'{folder}: {gone} listed studies were not loaded', stacklevel=3)
+    for s in studies: s.split = where[s.study_id]
+
+# %% ../../nbs/data/19_registry.ipynb #32272032
 def load_dataset(name: str, # see `dataset_names()`
                  root: str | Path | None = None, # data root; `GK_MVLP_DATA` is the default; not needed by 'phantom'
                  split: str | None = None, # only this split
                  split_seed: int = 0, # for data sets without an official split (or without 'val')
                  fractions: dict[str, float] | None = None, # default: `FRACTIONS`
+                 split_lists: str | Path | None = None, # folder of split lists: written if there are none, else obeyed
                  check_pictures: bool = True, # decode every picture once, and look for the same picture in two splits
                  **options # the loader's own, see `dataset_options(name)`
                  ) -> list[Study]:
-    "Checked studies with a split each, or a `GKError`. Study ids are unique; no patient is in two splits unless the data set is split by question."
+    "Checked studies with a split each, or a `GKError`. Study ids are unique; no patient is in two splits unless the data set is split by question, or by picture on request."
     entry, loader, takes = _loader(name)
     known = takes - set(_SHARED)
     if unknown := sorted(set(options) - known): raise GKError(f'data set {name!r} has no option {unknown[0]!r}', f'Its options: {", ".join(sorted(known)) or "none"}.')
@@ -155,8 +187,11 @@ def load_dataset(name: str, # see `dataset_names()`
         validate(s)
         if s.study_id in ids: raise GKError(f'{name}: study id {s.study_id!r} repeats', 'Give every study its own id.')
         ids.add(s.study_id)
-    assign_splits(studies, fractions, split_seed)
-    by_question = entry.split_by == 'question' and options.get('split_by', 'official') == 'official'
+    by_question = entry.split_by == 'question' and options.get('split_by', 'official') == 'official' or options.get('split_by') == 'picture'
+    if split_lists is not None and (Path(split_lists)/'splits.json').is_file(): apply_split_lists(split_lists, studies, options.get('bad', 'raise'))
+    else:
+        assign_splits(studies, fractions, split_seed)
+        if split_lists is not None: save_split_lists(split_lists, studies, dataset=name, split_seed=split_seed, fractions=fractions, options={k: str(v) for k, v in sorted(options.items())})
     if not by_question: check_splits([s.subject_id for s in studies], [s.split for s in studies], name=name)
     if check_pictures and name != 'phantom': studies = _check_pictures(studies, options.get('bad', 'raise'), name, not by_question)
     if split is None: return studies
