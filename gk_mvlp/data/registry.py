@@ -23,7 +23,7 @@ from .study import Study, check_splits, picture_hash, split_by_patient, study_to
 from .tables import read_json
 from ..paths import GKError, atomic_write, read_text, write_json
 
-# %% ../../nbs/data/19_registry.ipynb #1a1a003d
+# %% ../../nbs/data/19_registry.ipynb #0885dfc6
 @dataclass(frozen=True)
 class Entry:
     "A registered data set: its loader (or 'module:function'), and whether its splits keep patients apart ('patient') or only questions ('question')."
@@ -37,6 +37,10 @@ _REGISTRY: dict[str, Entry] = {e.name: e for e in (
     Entry('nih', 'gk_mvlp.data.nih:load_nih'),
     Entry('rsna', 'gk_mvlp.data.rsna:load_rsna'),
     Entry('chexpert', 'gk_mvlp.data.chexpert:load_chexpert'),
+    Entry('object_cxr', 'gk_mvlp.data.folders:load_coco'),
+    Entry('covidx', 'gk_mvlp.data.folders:load_covidx'),
+    Entry('table', 'gk_mvlp.data.folders:load_table'),
+    Entry('folder', 'gk_mvlp.data.folders:load_folder'),
     Entry('iu_xray', 'gk_mvlp.data.iu_xray:load_iu_xray'),
     Entry('slake', 'gk_mvlp.data.slake:load_slake'),
     Entry('vqa_rad', 'gk_mvlp.data.vqa_rad:load_vqa_rad', split_by='question'))}
