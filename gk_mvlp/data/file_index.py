@@ -71,7 +71,7 @@ def _plan(root: Path, names: list[str], out: Path, version: str) -> list[tuple[P
         plan.append((out/f'part-{k:03d}-{h.hexdigest()[:20]}.parquet', sorted(group)))
     return plan
 
-# %% ../../nbs/data/36_file_index.ipynb #b9254f6f
+# %% ../../nbs/data/36_file_index.ipynb #b9dfe187
 def index_files(root: Path, # folder that the names are relative to
                 names: Iterable[str], # files to read
                 parse: Callable[[bytes, str], dict], # (bytes, name) -> columns; a `GKError` marks the file as broken; a top-level function
@@ -96,6 +96,7 @@ def index_files(root: Path, # folder that the names are relative to
     table = pa.concat_tables([pq.read_table(t, schema=schema) for t, _ in plan])
     return _without_errors(table, Path(root), bad)
 
+# %% ../../nbs/data/36_file_index.ipynb #af3ef418
 def _is_whole(path: Path, rows: int) -> bool:
     "Is there a readable part with so many rows?"
     try: return pq.read_metadata(path).num_rows == rows

@@ -17,7 +17,7 @@ from .study import FindingBox, Study
 from .tables import keep_pictures, number, picture_path, read_coco, read_table
 from ..paths import GKError, data_root, read_text
 
-# %% ../../nbs/data/35_folders.ipynb #7a72f295
+# %% ../../nbs/data/35_folders.ipynb #2e5d62a4
 _KNOWN = ('image', 'report', 'study_id', 'subject_id', 'split', 'view', 'sex', 'age')
 _SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validate': 'val', 'validation': 'val', 'dev': 'val', 'test': 'test', '': ''}
 _SEXES = {'m': 'M', 'male': 'M', 'f': 'F', 'female': 'F', '': ''}
@@ -39,6 +39,7 @@ def _labels(row: dict[str, str], columns: list[str], where: str) -> tuple[dict[s
         if v is not None and (e := _ENTITY_OF.get(normalize_name(c))): entities[e] = {1: 1, 0: -1, -1: 0}[v]
     return labels, entities
 
+# %% ../../nbs/data/35_folders.ipynb #70485e96
 def load_table(root: str | Path | None = None, # folder that holds the table and the pictures
                table: str = 'studies.csv', # its name inside the folder
                images: str = '.', # folder of the pictures, inside `root`

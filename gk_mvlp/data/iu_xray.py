@@ -5,10 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'read_report', 'read_reports', 'read_projections', 'load_iu_xray']
 
-# %% ../../nbs/data/32_iu_xray.ipynb #ebb42cc7
-import csv
-import gzip
-import io
+# %% ../../nbs/data/32_iu_xray.ipynb #44d21a0c
 import re
 import tarfile
 import xml.etree.ElementTree as ET
@@ -69,7 +66,7 @@ def read_reports(folder: Path # iu_xray/
     if not out: raise GKError(f'{folder}: no report', 'Put the Open-i reports there.')
     return sorted(out.values(), key=lambda r: int(r['uid'][3:]))
 
-# %% ../../nbs/data/32_iu_xray.ipynb #51c57238
+# %% ../../nbs/data/32_iu_xray.ipynb #fbe0f8ba
 def read_projections(folder: Path # iu_xray/
                      ) -> dict[str, str]:
     "{picture id: 'Frontal' or 'Lateral'}; keys are as in `indiana_projections.csv` without '.dcm.png', or as in the XML."
@@ -81,9 +78,7 @@ def read_projections(folder: Path # iu_xray/
             out[r['filename'].removesuffix('.png').removesuffix('.dcm')] = r['projection']
         return out
     if looks.is_file():
-        try: rows = list(csv.DictReader(io.StringIO(gzip.decompress(looks.read_bytes()).decode('utf-8'))))
-        except (OSError, EOFError, UnicodeDecodeError) as err: raise GKError(f'{looks}: not a whole gzip table ({err})', 'Copy it again.') from err
-        if not rows or not {'imageid', 'tsne-view'} <= set(rows[0]): raise GKError(f'{looks}: columns imageid and tsne-view are needed', 'Copy it again.')
+        rows = read_table(looks, ('imageid', 'tsne-view'), unique='imageid')
         return {r['imageid']: 'Lateral' if r['tsne-view'] == 'L' else 'Frontal' for r in rows}
     raise GKError(f'{folder}: neither indiana_projections.csv nor nlmcxr_tsne_pa.csv.gz', 'One is needed to tell frontal from lateral pictures.')
 
