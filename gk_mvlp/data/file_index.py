@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['index_dir', 'index_files', 'audit_index']
 
-# %% ../../nbs/data/36_file_index.ipynb #3e261840
+# %% ../../nbs/data/36_file_index.ipynb #d8633712
 import hashlib
 import inspect
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..paths import GKError, runs_dir
 

@@ -192,15 +192,15 @@ def _splits(base: Path, split_from: str) -> dict[str, str]:
             if out.setdefault(d, split) != split: raise GKError(f'{path}: {d} is also in {out[d]}', 'Use the official lists.')
     return out
 
-# %% ../../nbs/data/37_mimic_cxr.ipynb #d488cc5f
-def _frontal_pictures(base: Path, split_from: str, avoid: bool) -> tuple[Path, list[dict[str, str]], dict[str, str]]:
-    "(path of the metadata, its rows of frontal pictures that have a split, splits)."
+# %% ../../nbs/data/37_mimic_cxr.ipynb #144e65fb
+def _frontal_pictures(base: Path, split_from: str, avoid: bool) -> tuple[Path, list[dict[str, str]], dict[str, str], dict[str, str]]:
+    "(path of the metadata, its rows of frontal pictures that have a split, splits, {study_id: subject_id} of all rows)."
     path, meta = _mimic_table(base/'mimic_cxr_jpg', 'metadata', ('dicom_id', 'subject_id', 'study_id', 'ViewPosition', 'Rows', 'Columns'), 'dicom_id')
     splits, avoid_path = _splits(base, split_from), base/'chest_imagenome'/'silver_dataset'/'splits'/'images_to_avoid.csv'
     gone = _id_list(avoid_path) if avoid and avoid_path.is_file() else set()
-    return path, [r for r in meta if r['ViewPosition'] in ('PA', 'AP') and r['dicom_id'] in splits and r['dicom_id'] not in gone], splits
+    return path, [r for r in meta if r['ViewPosition'] in ('PA', 'AP') and r['dicom_id'] in splits and r['dicom_id'] not in gone], splits, {r['study_id']: r['subject_id'] for r in meta}
 
-# %% ../../nbs/data/37_mimic_cxr.ipynb #bfe905ce
+# %% ../../nbs/data/37_mimic_cxr.ipynb #e8cf890f
 def load_mimic_cxr(root: str | Path | None = None, # data root that holds mimic_cxr_jpg/, mimic_cxr/ and chest_imagenome/
                    scene_graphs: bool = True, # read Chest ImaGenome; pictures without a graph are then left out
                    sections: tuple[str, ...] = ('findings', 'impression'), # what the report is made of; 'last paragraph' may be added
@@ -217,13 +217,13 @@ def load_mimic_cxr(root: str | Path | None = None, # data root that holds mimic_
     if split_from not in ('mimic', 'imagenome'): raise GKError(f'split_from={split_from!r}', 'Use mimic or imagenome.')
     base = data_root(root, ('mimic_cxr_jpg', *(['chest_imagenome'] if scene_graphs or split_from == 'imagenome' else [])))
     jpg, index = base/'mimic_cxr_jpg', Path(index) if index is not None else None
-    meta_path, meta, splits = _frontal_pictures(base, split_from, avoid)
+    meta_path, meta, splits, studies = _frontal_pictures(base, split_from, avoid)
     graphs = _scene_graphs(base, index, bad, workers) if scene_graphs else None
     if graphs is not None:
         drawn = set(graphs['dicom_id'].to_pylist())
         meta = [r for r in meta if r['dicom_id'] in drawn]
     if not meta: raise GKError(f'{meta_path}: no frontal picture with a split{" and a scene graph" if scene_graphs else ""}', 'Check that the three releases belong together.')
-    reports = _reports(base, {r['study_id']: r['subject_id'] for r in meta}, index, bad, workers)
+    reports = _reports(base, studies, index, bad, workers)          # of all: the index then does not depend on the options
     chexpert_path, cells = _mimic_table(jpg, 'chexpert', ('subject_id', 'study_id', *CHEXPERT_FINDINGS), 'study_id')
     cells = {r['study_id']: r for r in cells}
     out: dict[str, Study] = {}

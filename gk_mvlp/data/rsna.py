@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'DETAILED', 'read_rsna_labels', 'rsna_split', 'read_rsna_header', 'read_detailed_classes', 'load_rsna']
 
-# %% ../../nbs/data/16_rsna.ipynb #c6415977
+# %% ../../nbs/data/16_rsna.ipynb #4812f421
 import re
 import warnings
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pydicom
 from sklearn.model_selection import train_test_split
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .nih import nih_patient, read_nih_table
 from .study import FindingBox, Study, split_by_patient
