@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GKError', 'project_root', 'presets_dir', 'notebooks_dir', 'runs_dir', 'results_dir', 'published_dir', 'data_root',
-           'atomic_write', 'write_json', 'read_text']
+           'atomic_write', 'write_json', 'unpack_gzip', 'read_text']
 
 # %% ../nbs/00_paths.ipynb #b839cefa
 import gzip
@@ -81,10 +81,10 @@ def write_json(path: str | os.PathLike, obj) -> None:
     text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as f: f.write(text + '\n')
 
-# %% ../nbs/00_paths.ipynb #12122b62
+# %% ../nbs/00_paths.ipynb #d47e29ff
 _MAX_TEXT = 2 ** 30     # bytes of an unpacked .gz: a small file can claim to be terabytes
 
-def _unpack(raw: bytes, path: Path) -> bytes:
+def unpack_gzip(raw: bytes, path: Path) -> bytes:
     "The content of a .gz file, or a `GKError` if it is cut, damaged or absurdly large."
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(raw)) as f: out = f.read(_MAX_TEXT + 1)
@@ -97,7 +97,7 @@ def read_text(path: str | os.PathLike) -> str:
     path = Path(path)
     try: raw = path.read_bytes()
     except OSError as err: raise GKError(f'{path}: cannot be read ({err.strerror})', 'Check the path and its permissions.') from err
-    if path.suffix == '.gz': raw = _unpack(raw, path)
+    if path.suffix == '.gz': raw = unpack_gzip(raw, path)
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as err:
         raise GKError(f'{path}: not UTF-8 text (byte 0x{raw[err.start]:02x} at position {err.start})',

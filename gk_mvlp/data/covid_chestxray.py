@@ -50,7 +50,7 @@ def read_lung_boxes(path: Path # COCO json of the lung boxes
             raise GKError(f"{path}: {name}: the box of the patient's right lung is not left of the other in the picture", 'The picture is mirrored or the categories are swapped.')
     return out
 
-# %% ../../nbs/data/15_covid_chestxray.ipynb #2ef18284
+# %% ../../nbs/data/15_covid_chestxray.ipynb #b4b86632
 FRONTAL_VIEWS = ('PA', 'AP', 'AP Supine')
 _COLUMNS = ('patientid', 'sex', 'age', 'finding', 'view', 'filename', 'clinical_notes')
 _KEEP = ('finding', 'offset', 'survival', 'license', 'url', 'doi', 'location')
@@ -59,6 +59,7 @@ def _study(row: dict[str, str], folder: Path, table: Path, boxes: dict[str, dict
     "One row of the metadata as a study."
     where, source = f'{table}: line {row[""]}', row.get('source_filename') or row['filename']
     if not row['patientid']: raise GKError(f'{where}: patientid is empty', 'Without it a split by patient is impossible.')
+    if row['sex'] not in ('M', 'F', ''): raise GKError(f'{where}: sex is {row["sex"]!r}', 'Use M, F or leave it empty.')
     report = ' '.join(row['clinical_notes'].replace('\ufffd', ' ').split())
     box = boxes.get(source, {})
     if box and row.get('source_width'):
@@ -68,7 +69,7 @@ def _study(row: dict[str, str], folder: Path, table: Path, boxes: dict[str, dict
     mask = folder/'annotations'/'lungVAE-masks'/f'{Path(source).stem}_mask.png'
     if mask.is_file(): attributes['lung_mask'] = str(mask)
     return Study(row['filename'], f'covid-{row["patientid"]}', picture_path(folder/'images', row['filename'], where), report, entities=extract_entities(report) if report else {},
-                 regions={r: b for r, b in box.items() if r != 'size'}, labels=finding_labels(row['finding']), view=row['view'], sex=row['sex'] if row['sex'] in ('M', 'F') else '',
+                 regions={r: b for r, b in box.items() if r != 'size'}, labels=finding_labels(row['finding']), view=row['view'], sex=row['sex'],
                  age=number(row, 'age', table), attributes=attributes)
 
 def load_covid_chestxray(root: str | Path | None = None, # data root that holds covid_chestxray/

@@ -141,7 +141,7 @@ def load_coco(root: str | Path | None = None, # data root that holds `folder`
     if not studies: raise GKError(f'{base}: the COCO files list no picture', 'Export them again.')
     return keep_pictures(studies, bad, folder)
 
-# %% ../../nbs/data/35_folders.ipynb #73f42184
+# %% ../../nbs/data/35_folders.ipynb #c219b190
 _COVIDX = {'normal': {'normal': 1, 'pneumonia': 0, 'covid-19': 0}, 'pneumonia': {'normal': 0, 'pneumonia': 1, 'covid-19': 0}, 'covid-19': {'normal': 0, 'pneumonia': 1, 'covid-19': 1},
            'positive': {'covid-19': 1}, 'negative': {'covid-19': 0}}
 
@@ -163,8 +163,9 @@ def load_covidx(root: str | Path | None = None, # data root that holds covidx/
         if not path.is_file():
             if split == 'val': continue
             raise GKError(f'{path}: missing', 'Put the official lists there, or name their version.')
-        for k, line in enumerate(read_text(path).splitlines()):
-            if not line.strip(): continue
+        rows = [(k, line) for k, line in enumerate(read_text(path).splitlines()) if line.strip()]
+        if not rows: raise GKError(f'{path}: the list is empty', 'Copy it again.')
+        for k, line in rows:
             where = f'{path}: line {k + 1}'
             patient, name, kind, source = read_covidx_line(line, where)
             if name in seen: raise GKError(f'{where}: {name!r} repeats {seen[name]}', 'A picture may be listed once.')
@@ -173,5 +174,4 @@ def load_covidx(root: str | Path | None = None, # data root that holds covidx/
             studies.append(Study(name, f'covidx-{source}-{patient}', picture_path(folder/split, name, where), entities={} if 'pneumonia' not in y else {'pneumonia': 1 if y['pneumonia'] else -1}, labels=dict(y), split=split,
                                  attributes={'source': source} if source else {}))
     if len({frozenset(s.labels) for s in studies}) > 1: raise GKError(f'{folder}: lists of two and of three classes', 'Use the lists of one version.')
-    if not studies: raise GKError(f'{folder}: the lists are empty', 'Copy them again.')
     return keep_pictures(studies, bad, 'covidx')

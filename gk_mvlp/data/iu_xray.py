@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'read_report', 'read_reports', 'read_projections', 'load_iu_xray']
 
-# %% ../../nbs/data/32_iu_xray.ipynb #44d21a0c
+# %% ../../nbs/data/32_iu_xray.ipynb #f0c1fd63
+import io
 import re
 import tarfile
 import xml.etree.ElementTree as ET
@@ -15,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from .knowledge import extract_entities, extract_relations
 from .study import Study
 from .tables import keep_pictures, picture_path, read_json, read_table
-from ..paths import GKError, data_root
+from ..paths import GKError, data_root, unpack_gzip
 
 # %% ../../nbs/data/32_iu_xray.ipynb #655eefea
 SECTIONS = ('COMPARISON', 'INDICATION', 'FINDINGS', 'IMPRESSION')
@@ -38,13 +39,13 @@ def read_report(raw: bytes, # of an XML file
     if len(set(images)) < len(images) or '' in images: raise bad('a parentImage has no id or repeats')
     return {'uid': uid, 'sections': dict(texts), 'mesh': [m.text.strip() for m in tree.findall('.//MeSH/major') if m.text], 'images': images}
 
-# %% ../../nbs/data/32_iu_xray.ipynb #000d7062
+# %% ../../nbs/data/32_iu_xray.ipynb #04e945f7
 _MAX_XML = 2_000_000     # bytes; the largest official report has 15,000
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     "(name, bytes) of the XML files in a .tgz."
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(fileobj=io.BytesIO(unpack_gzip(path.read_bytes(), path))) as tar:          # unpacked whole first: its checksum covers the end
             for m in tar:
                 p = PurePosixPath(m.name)
                 if p.is_absolute() or '..' in p.parts or m.issym() or m.islnk() or m.size > _MAX_XML: raise GKError(f'{path}: member {m.name!r} is a link, leads out of the folder or is too large', 'Use the official archive.')

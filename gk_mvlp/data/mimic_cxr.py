@@ -161,15 +161,15 @@ def _reports(base: Path, wanted: dict[str, str], index: Path | None, bad: str, w
 
 def _folder(subject: str, study: str) -> str: return f'p{subject[:2]}/p{subject}/s{study}'
 
-# %% ../../nbs/data/37_mimic_cxr.ipynb #d7b1b369
+# %% ../../nbs/data/37_mimic_cxr.ipynb #41d446f2
 def _mimic_table(folder: Path, name: str, columns: tuple[str, ...], unique: str) -> tuple[Path, list[dict[str, str]]]:
     "(path, rows) of mimic-cxr-2.0.0-<name>.csv or .csv.gz; ids are checked."
     path = next((p for p in (folder/f'mimic-cxr-2.0.0-{name}.csv', folder/f'mimic-cxr-2.0.0-{name}.csv.gz', folder/f'mimic-cxr-2.1.0-{name}.csv', folder/f'mimic-cxr-2.1.0-{name}.csv.gz') if p.is_file()), None)
     if path is None: raise GKError(f'{folder}/mimic-cxr-2.0.0-{name}.csv[.gz]: missing', 'Put the tables of MIMIC-CXR-JPG there.')
     rows = read_table(path, columns, unique=unique)
     for r in rows:
-        for k in ('subject_id', 'study_id'):
-            if not re.fullmatch(r'\d{8}', r[k]): raise GKError(f'{path}: line {r[""]}: {k} is {r[k]!r}', 'Ids have eight digits.')
+        for k, first in (('subject_id', '1'), ('study_id', '5')):
+            if not re.fullmatch(first + r'\d{7}', r[k]): raise GKError(f'{path}: line {r[""]}: {k} is {r[k]!r}', f'Such ids have eight digits and start with {first}.')
         if 'dicom_id' in r and not re.fullmatch(r'[\w-]+', r['dicom_id']): raise GKError(f'{path}: line {r[""]}: dicom_id is {r["dicom_id"]!r}', 'Use the official table.')
     return path, rows
 

@@ -97,7 +97,7 @@ def dataset_options(name: str) -> list[str]:
     "The loader's own options for `load_dataset`."
     return sorted(_loader(name)[2] - set(_SHARED))
 
-# %% ../../nbs/data/19_registry.ipynb #5d9d8381
+# %% ../../nbs/data/19_registry.ipynb #1d2a035b
 def picture_hashes(studies: Sequence[Study], # with pictures
                    bad: str = 'raise', # a broken picture: 'raise' the loader's error, or 'skip' (its hash is '')
                    progress: bool | None = None # None: a bar for more than 500
@@ -123,7 +123,20 @@ def _check_pictures(studies: list[Study], bad: str, name: str, check_split: bool
     if check_split:
         seen = [(s, h) for s, h in kept if h]
         check_splits([s.subject_id for s, _ in seen], [s.split for s, _ in seen], [h for _, h in seen], name)
-    return [s for s, _ in kept]
+    studies = [s for s, _ in kept]
+    _check_other_views(studies, bad, name)
+    return studies
+
+def _check_other_views(studies: list[Study], bad: str, name: str) -> None:
+    "Decode further views; a broken one raises, or is taken out of its study and counted in one warning."
+    gone = 0
+    for s in studies:
+        for p in s.other_views:
+            try: load_image(p)
+            except GKError:
+                if bad != 'skip': raise
+                s.other_views, gone = tuple(q for q in s.other_views if q != p), gone + 1
+    if gone: warnings.warn(f'{name}: left out {gone} broken further views', stacklevel=4)
 
 # %% ../../nbs/data/19_registry.ipynb #f9327fdf
 FRACTIONS: dict[str, float] = {'train': .7, 'val': .1, 'test': .2}

@@ -84,7 +84,7 @@ def box_xywh(values: Sequence[float], # x, y, width, height in pixels
     if b[2] <= b[0] or b[3] <= b[1]: raise GKError(f'{where}: box {list(values)} lies outside the picture of {size[0]:g}x{size[1]:g} pixels', 'Check the unit of the box.')
     return b
 
-# %% ../../nbs/02_tables.ipynb #aa6fd6b1
+# %% ../../nbs/02_tables.ipynb #6933fc64
 def read_coco(path: Path, # json with images, annotations and categories
               null_boxes: bool = False # True: a box of four nulls means that there is none
               ) -> dict[str, dict]:
@@ -97,7 +97,7 @@ def read_coco(path: Path, # json with images, annotations and categories
         for a in coco['annotations']:
             where, (_, image), name = f'{path}: annotation {a["id"]}', images[a['image_id']], names[a['category_id']]
             if a.get('iscrowd'): raise GKError(f'{where}: a crowd box', 'Give each thing its own box.')
-            if null_boxes and all(v is None for v in a['bbox']): continue
+            if null_boxes and a['bbox'] == [None] * 4: continue
             image['boxes'].append((name, box_xywh(a['bbox'], image['size'], where), where))
     except (KeyError, TypeError, AttributeError) as err: raise GKError(f'{path}: not the COCO layout ({type(err).__name__}: {err})', 'Needs images, annotations and categories with their usual keys.') from err
     return dict(images.values())
