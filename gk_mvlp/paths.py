@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['GKError', 'project_root', 'presets_dir', 'notebooks_dir', 'runs_dir', 'results_dir', 'published_dir', 'data_root',
-           'atomic_write', 'write_json', 'read_text']
+           'atomic_write', 'write_json', 'unpack_gzip', 'read_text']
 
-# %% ../nbs/00_paths.ipynb #68addc74
+# %% ../nbs/00_paths.ipynb #b839cefa
+import gzip
+import io
 import json
 import os
 import tempfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,12 +81,23 @@ def write_json(path: str | os.PathLike, obj) -> None:
     text = json.dumps(obj, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as f: f.write(text + '\n')
 
-# %% ../nbs/00_paths.ipynb #a7e7fb2d
+# %% ../nbs/00_paths.ipynb #d47e29ff
+_MAX_TEXT = 2 ** 30     # bytes of an unpacked .gz: a small file can claim to be terabytes
+
+def unpack_gzip(raw: bytes, path: Path) -> bytes:
+    "The content of a .gz file, or a `GKError` if it is cut, damaged or absurdly large."
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as f: out = f.read(_MAX_TEXT + 1)
+    except (OSError, EOFError, zlib.error) as err: raise GKError(f'{path}: not a whole gzip file ({err})', 'Copy or download it again.') from err
+    if len(out) > _MAX_TEXT: raise GKError(f'{path}: unpacks to more than {_MAX_TEXT >> 20} MiB', 'Unpack it by hand if it is genuine.')
+    return out
+
 def read_text(path: str | os.PathLike) -> str:
-    "The text of a UTF-8 file (BOM allowed), or a `GKError` that names the file, the byte and the remedy."
+    "The text of a UTF-8 file (BOM allowed; unpacked if its name ends in .gz), or a `GKError` that names the file, the byte and the remedy."
     path = Path(path)
     try: raw = path.read_bytes()
     except OSError as err: raise GKError(f'{path}: cannot be read ({err.strerror})', 'Check the path and its permissions.') from err
+    if path.suffix == '.gz': raw = unpack_gzip(raw, path)
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as err:
         raise GKError(f'{path}: not UTF-8 text (byte 0x{raw[err.start]:02x} at position {err.start})',

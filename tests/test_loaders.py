@@ -233,14 +233,6 @@ def test_nih_old_ages_official_lists_and_folders(root):
 def test_nih_names_are_ours():
     assert set(NIH_TO_ENTITY.values()) <= set(ENTITY_INDEX) and len(set(NIH_TO_ENTITY.values())) == 14
 
-def test_rsna_dicom_layout(root):
-    for n in ('aaa', 'bbb'): picture(root/f'rsna_pneumonia/stage_2_train_images/{n}.png', 1); (root/f'rsna_pneumonia/stage_2_train_images/{n}.png').rename(root/f'rsna_pneumonia/stage_2_train_images/{n}.dcm')
-    (root/'rsna_pneumonia/stage_2_detailed_class_info.csv').write_text('patientId,class\naaa,Lung Opacity\naaa,Lung Opacity\nbbb,Normal\n')
-    (root/MATCHES).unlink()
-    a, b = load('rsna', root, layout='dicom')
-    assert a.subject_id == 'rsna-aaa' and b.attributes == {'detailed_class': 'Normal'} and a.image.name == 'aaa.dcm'
-    with pytest.raises(GKError, match='layout'): load('rsna', root, layout='png')
-
 def test_vqa_options(root):
     assert len(load('vqa_rad', root, split='train')) == 2 and len(load('vqa_rad', root, split='test')) == 1
     for kw in ({'organ': 'KNEE'}, {'layout': 'coco'}, {'split_by': 'question'}, {'split': 'val'}):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FRONTAL_VIEWS', 'finding_labels', 'read_lung_boxes', 'load_covid_chestxray']
 
-# %% ../../nbs/data/15_covid_chestxray.ipynb #6be082d2
+# %% ../../nbs/data/15_covid_chestxray.ipynb #efddeddc
 import re
 from pathlib import Path
 
 from .knowledge import extract_entities
 from .study import Study
-from .tables import box_xywh, keep_pictures, number, picture_path, read_json, read_table
+from .tables import keep_pictures, number, picture_path, read_coco, read_table
 from ..paths import GKError, data_root
 
 # %% ../../nbs/data/15_covid_chestxray.ipynb #bcd2f967
@@ -34,28 +34,23 @@ def finding_labels(finding: str # the `finding` cell
     if any(kinds.values()) or not out['pneumonia'] or 'lipoid' in words: out |= kinds
     return out
 
-# %% ../../nbs/data/15_covid_chestxray.ipynb #86c41dd1
+# %% ../../nbs/data/15_covid_chestxray.ipynb #b445b4b9
 def read_lung_boxes(path: Path # COCO json of the lung boxes
                     ) -> dict[str, dict]:
     "{source file name: {'size': (width, height), 'right lung': box, 'left lung': box}} with boxes `xyxy` in fractions."
-    coco = read_json(path)
-    try:
-        names = {c['id']: c['name'].lower() for c in coco['categories']}
-        images = {i['id']: i for i in coco['images']}
-        out = {i['file_name']: {'size': (i['width'], i['height'])} for i in images.values()}
-        for a in coco['annotations']:
-            image, region = images[a['image_id']], names[a['category_id']]
-            if region not in ('right lung', 'left lung'): raise GKError(f'{path}: annotation {a["id"]}: category {region!r}', 'Only Right Lung and Left Lung are known.')
-            if all(v is None for v in a['bbox']): continue
-            if region in out[image['file_name']]: raise GKError(f'{path}: annotation {a["id"]}: a second {region} for {image["file_name"]!r}', 'Keep one.')
-            out[image['file_name']][region] = box_xywh(a['bbox'], (image['width'], image['height']), f'{path}: annotation {a["id"]}')
-    except (KeyError, TypeError, AttributeError) as err: raise GKError(f'{path}: not the COCO layout ({type(err).__name__}: {err})', 'Needs images, annotations and categories with their usual keys.') from err
+    out = {}
+    for name, image in read_coco(path, null_boxes=True).items():
+        out[name] = {'size': image['size']}
+        for region, box, where in image['boxes']:
+            if region not in ('right lung', 'left lung'): raise GKError(f'{where}: category {region!r}', 'Only Right Lung and Left Lung are known.')
+            if region in out[name]: raise GKError(f'{where}: a second {region} for {name!r}', 'Keep one.')
+            out[name][region] = box
     for name, b in out.items():
         if 'right lung' in b and 'left lung' in b and b['right lung'][0] + b['right lung'][2] >= b['left lung'][0] + b['left lung'][2]:
             raise GKError(f"{path}: {name}: the box of the patient's right lung is not left of the other in the picture", 'The picture is mirrored or the categories are swapped.')
     return out
 
-# %% ../../nbs/data/15_covid_chestxray.ipynb #2ef18284
+# %% ../../nbs/data/15_covid_chestxray.ipynb #b4b86632
 FRONTAL_VIEWS = ('PA', 'AP', 'AP Supine')
 _COLUMNS = ('patientid', 'sex', 'age', 'finding', 'view', 'filename', 'clinical_notes')
 _KEEP = ('finding', 'offset', 'survival', 'license', 'url', 'doi', 'location')
@@ -64,6 +59,7 @@ def _study(row: dict[str, str], folder: Path, table: Path, boxes: dict[str, dict
     "One row of the metadata as a study."
     where, source = f'{table}: line {row[""]}', row.get('source_filename') or row['filename']
     if not row['patientid']: raise GKError(f'{where}: patientid is empty', 'Without it a split by patient is impossible.')
+    if row['sex'] not in ('M', 'F', ''): raise GKError(f'{where}: sex is {row["sex"]!r}', 'Use M, F or leave it empty.')
     report = ' '.join(row['clinical_notes'].replace('\ufffd', ' ').split())
     box = boxes.get(source, {})
     if box and row.get('source_width'):
@@ -73,7 +69,7 @@ def _study(row: dict[str, str], folder: Path, table: Path, boxes: dict[str, dict
     mask = folder/'annotations'/'lungVAE-masks'/f'{Path(source).stem}_mask.png'
     if mask.is_file(): attributes['lung_mask'] = str(mask)
     return Study(row['filename'], f'covid-{row["patientid"]}', picture_path(folder/'images', row['filename'], where), report, entities=extract_entities(report) if report else {},
-                 regions={r: b for r, b in box.items() if r != 'size'}, labels=finding_labels(row['finding']), view=row['view'], sex=row['sex'] if row['sex'] in ('M', 'F') else '',
+                 regions={r: b for r, b in box.items() if r != 'size'}, labels=finding_labels(row['finding']), view=row['view'], sex=row['sex'],
                  age=number(row, 'age', table), attributes=attributes)
 
 def load_covid_chestxray(root: str | Path | None = None, # data root that holds covid_chestxray/

@@ -6,9 +6,10 @@
 __all__ = ['NIH_TO_ENTITY', 'NIH_FINDINGS', 'TABLES', 'BOX_PIXELS', 'nih_finding', 'nih_patient', 'read_nih_table',
            'read_nih_boxes', 'load_nih']
 
-# %% ../../nbs/data/17_nih.ipynb #288e66d7
+# %% ../../nbs/data/17_nih.ipynb #8961f091
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from .study import FindingBox, Study
@@ -70,17 +71,20 @@ def read_nih_boxes(path: Path # BBox_List_2017.csv
         out.setdefault(r['Image Index'], []).append(FindingBox(NIH_TO_ENTITY[nih_finding(r['Finding Label'], where)], box))
     return out
 
-# %% ../../nbs/data/17_nih.ipynb #f55ab831
+# %% ../../nbs/data/17_nih.ipynb #908a2c52
 _VARIANTS = {'64px': ('images_64px',), 'original': ('images', *(f'images_{i:03d}/images' for i in range(1, 13)))}
 
 def _index(folder: Path, variant: str) -> dict[str, Path]:
     "{picture name: path} of one variant."
     return {p.name: p for sub in _VARIANTS[variant] if (folder/sub).is_dir() for p in sorted((folder/sub).iterdir()) if p.suffix == '.png'}
 
-def _official_split(folder: Path) -> dict[str, str]:
-    lists = {'train': folder/'train_val_list.txt', 'test': folder/'test_list.txt'}
-    if not all(p.is_file() for p in lists.values()): return {}
-    return {name: split for split, p in lists.items() for name in read_text(p).split()}
+def _official_split(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    "{picture name: 'train' or 'test'} of the official lists, {} without `test_list.txt`; without `train_val_list.txt` the rest is for training."
+    lists = {'test': folder/'test_list.txt', 'train': folder/'train_val_list.txt'}
+    if not lists['test'].is_file(): return {}
+    named = {split: set(read_text(p).split()) for split, p in lists.items() if p.is_file()}
+    if both := sorted(named['test'] & named.get('train', set())): raise GKError(f'{lists["test"]}: {both[0]!r} and {len(both) - 1} more are also in train_val_list.txt', 'Use the official lists.')
+    return {n: 'test' if n in named['test'] else 'train' for n in names if n in named['test'] or n in named.get('train', (n,))}
 
 def load_nih(root: str | Path | None = None, # data root that holds nih_chestxray14/
              variant: str = '64px', # '64px' or 'original'
@@ -90,7 +94,8 @@ def load_nih(root: str | Path | None = None, # data root that holds nih_chestxra
     "Studies with 14 labels and 'any_finding', entities (+1 only), finding boxes, patient, sex, age and view. Split only if the official lists are there."
     if variant not in _VARIANTS: raise GKError(f'NIH variant {variant!r}', f'Use one of: {", ".join(_VARIANTS)}.')
     folder = data_root(root, ('nih_chestxray14',))/'nih_chestxray14'
-    table, files, splits = read_nih_table(folder), _index(folder, variant), _official_split(folder)
+    table, files = read_nih_table(folder), _index(folder, variant)
+    splits = _official_split(folder, table)
     if not files: raise GKError(f'{folder}: no PNG picture of variant {variant!r}', f'Looked into {", ".join(_VARIANTS[variant][:2])}.')
     if extra := sorted(files.keys() - table.keys()):
         if bad != 'skip': raise GKError(f'{folder}: {len(extra)} pictures have no row in the label table, first {extra[0]!r}', 'Add their rows, or load with bad="skip".')

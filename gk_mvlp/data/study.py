@@ -35,7 +35,7 @@ class FindingBox:
     entity: str
     box: tuple[float, float, float, float]
 
-# %% ../../nbs/data/12_study.ipynb #2b6a43e5
+# %% ../../nbs/data/12_study.ipynb #edd7a81d
 @dataclass
 class Study:
     "One frontal chest X-ray and what is known of it. `image` is a uint8 array [H, W] or the path of a picture file."
@@ -54,6 +54,7 @@ class Study:
     sex: str = ''
     age: float | None = None
     attributes: dict[str, str] = field(default_factory=dict)
+    other_views: tuple[Path, ...] = ()          # further pictures of the same examination, such as the lateral view
 
     def entity_vector(self) -> np.ndarray:
         "[E] float32: 1, 0, -1 as in `entities`, NaN where not mentioned."
@@ -93,11 +94,12 @@ def validate(s: Study) -> Study:
     if not s.study_id or not s.subject_id: bad('study_id/subject_id', 'is empty')
     return s
 
-# %% ../../nbs/data/12_study.ipynb #4725b461
+# %% ../../nbs/data/12_study.ipynb #3d676e87
 def study_to_dict(s: Study) -> dict:
     "A JSON-ready dict without the picture (a path becomes a string)."
     d = asdict(replace(s, image=None))
     d['image'] = str(s.image) if isinstance(s.image, Path) else None
+    d['other_views'] = [str(p) for p in s.other_views]
     d['relations'] = [[r, e, y] for (r, e), y in s.relations.items()]
     d['regions'] = {k: [float(x) for x in v] for k, v in s.regions.items()}
     d['findings'] = [{'entity': f.entity, 'box': [float(x) for x in f.box]} for f in s.findings]
@@ -107,6 +109,7 @@ def study_from_dict(d: dict, image: np.ndarray | None = None) -> Study:
     "The inverse of `study_to_dict`."
     d = dict(d)
     d['image'] = image if image is not None else (Path(d['image']) if d.get('image') else None)
+    d['other_views'] = tuple(Path(p) for p in d.get('other_views', ()))
     d['relations'] = {(r, e): y for r, e, y in d['relations']}
     d['regions'] = {k: tuple(v) for k, v in d['regions'].items()}
     d['findings'] = [FindingBox(f['entity'], tuple(f['box'])) for f in d['findings']]

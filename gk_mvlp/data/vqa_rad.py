@@ -48,7 +48,7 @@ def read_questions(folder: Path, # vqa_rad/
             out.append((split or ('test' if phrase.startswith('test_') else 'train'), image, organ, qa))
     return out
 
-# %% ../../nbs/data/18_vqa_rad.ipynb #f83faf8b
+# %% ../../nbs/data/18_vqa_rad.ipynb #60b8d1f0
 def load_vqa_rad(root: str | Path | None = None, # data root that holds vqa_rad/
                  layout: str = 'mevf', # 'mevf' or 'official'
                  organ: str | None = 'CHEST', # 'CHEST', 'ABD', 'HEAD' or None for all
@@ -56,9 +56,10 @@ def load_vqa_rad(root: str | Path | None = None, # data root that holds vqa_rad/
                  split_by: str = 'official', # 'official' (by question) or 'image' (no picture in two splits)
                  split_seed: int = 0, # of split_by='image'
                  fractions: dict[str, float] | None = None, # of split_by='image'; default train .7, val .1, test .2
+                 pictures: bool = True, # False: questions only
                  bad: str = 'raise' # what to do with missing pictures: 'raise' or 'skip'
                  ) -> list[Study]:
-    "Studies with `qa`; a warning tells how many pictures the official split shares."
+    "Studies with `qa`; a warning tells how many pictures and questions the official split shares."
     if split_by not in ('official', 'image'): raise GKError(f'split_by={split_by!r}', 'Use official or image.')
     folder = data_root(root, ('vqa_rad',))/'vqa_rad'
     questions = read_questions(folder, layout)
@@ -68,14 +69,18 @@ def load_vqa_rad(root: str | Path | None = None, # data root that holds vqa_rad/
     studies: dict[str, Study] = {}
     for part, image, where, qa in questions:
         key = f'{image}:{part}' if split_by == 'official' else image
-        s = studies.setdefault(key, Study(key, f'vqa-{image}', picture_path(folder/'images', image, f'qid {qa.qid}'), split=part if split_by == 'official' else '', attributes={'organ': where}))
+        s = studies.setdefault(key, Study(key, f'vqa-{image}', picture_path(folder/'images', image, f'qid {qa.qid}') if pictures else None, split=part if split_by == 'official' else '', attributes={'organ': where}))
         s.qa.append(qa)
-    out = keep_pictures(list(studies.values()), bad, f'vqa_rad ({organ or "all organs"})')
+    out = list(studies.values())
+    if pictures: out = keep_pictures(out, bad, f'vqa_rad ({organ or "all organs"})')
     if split_by == 'image':
         for s, part in zip(out, split_by_patient([s.subject_id for s in out], fractions or {'train': .7, 'val': .1, 'test': .2}, split_seed), strict=True): s.split = str(part)
     else:
         train, test = ({s.subject_id for s in out if s.split == p} for p in ('train', 'test'))
-        if train & test: warnings.warn(f"vqa_rad: {len(train & test)} of {len(test)} test pictures also have training questions (official split); split_by='image' keeps them apart", stacklevel=2)
+        asked = {p: [(s.subject_id, q.question.lower()) for s in out if s.split == p for q in s.qa] for p in ('train', 'test')}
+        same = len([q for q in asked['test'] if q in set(asked['train'])])
+        if train & test: warnings.warn(f"vqa_rad: {len(train & test)} of {len(test)} test pictures also have training questions, {same} of {len(asked['test'])} test questions are there in the same words (official split); "
+                                       "split_by='image' keeps them apart", stacklevel=2)
     if split is None: return out
     chosen = [s for s in out if s.split == split]
     if not chosen: raise GKError(f'VQA-RAD split {split!r}: no study', f'Use one of: {", ".join(sorted({s.split for s in out}))}.')
