@@ -8,7 +8,7 @@ STAMP  := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install paper plan test sync notebooks hooks lab readme docs tensorboard clean
+.PHONY: help install paper plan test sync notebooks hooks lab readme docs bench tensorboard clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ readme: $(STAMP) ## write the generated part of README.md from paper_results
 
 docs: $(STAMP) ## build the documentation site, offline: _docs/index.html
 	@$(BIN)/python scripts/build_docs.py
+
+bench: $(STAMP) ## speed beside yardsticks, on a quiet machine: benchmarks/results
+	@$(BIN)/python benchmarks/pretrain_step.py
 
 tensorboard: $(STAMP) ## loss curves of all runs
 	@$(BIN)/tensorboard --logdir runs
