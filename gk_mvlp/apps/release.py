@@ -99,7 +99,7 @@ def save_predictor(self: Predictor, folder: str | Path) -> Path:
     return folder
 Predictor.save_pretrained = save_predictor
 
-# %% ../../nbs/apps/81_release.ipynb #931622d9
+# %% ../../nbs/apps/81_release.ipynb #ea36bb53
 class PictureClassifier(nn.Module):
     "Image encoder and classifiers as one module without text: uint8 [B, S, S] to features [B, 2D], entity_scores [B, E] (and logits [B, C])."
     def __init__(self, model: GKMVLP, classifier: Classifier | None = None):
@@ -115,7 +115,7 @@ class PictureClassifier(nn.Module):
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
         v = self.image_encoder(to_float(pictures))
-        features = torch.cat([v[:, 0], v[:, 1:].mean(1)], 1)
+        features = self.image_encoder.summary(v)
         out = features, F.normalize(self.entity_image_proj(v[:, 0]), dim=-1) @ self.entities.T + self.bias
         return out if self.head is None else (*out, self.head(features))
 

@@ -27,7 +27,7 @@ def _stem(name: str, stride: int, img_size: int, patch_size: int, in_chans: int,
     cnn = timm.create_model(name, features_only=True, in_chans=in_chans, out_indices=(info.reduction().index(stride),))
     return HybridEmbed(cnn, img_size=img_size, patch_size=1, in_chans=in_chans, embed_dim=embed_dim, proj=True)
 
-# %% ../../nbs/models/20_encoders.ipynb #a5b56bb4
+# %% ../../nbs/models/20_encoders.ipynb #ade66206
 class ImageEncoder(nn.Module):
     "A timm ViT: pictures [B, 1, S, S] to class token and patch embeddings [B, 1+N, D]."
     def __init__(self,
@@ -55,6 +55,11 @@ class ImageEncoder(nn.Module):
                 ) -> Tensor: # [B, 1+N, D]
         v = self.proj(self.vit.forward_features(images))
         return v if self.pool == 'cls' else torch.cat([v[:, 1:].mean(1, keepdim=True), v[:, 1:]], 1)
+
+    def summary(self, v: Tensor # [B, 1+N, D] of `forward`
+                ) -> Tensor: # [B, 2D]
+        "The first token beside the patches' mean, or their maximum where the first token is their mean already."
+        return torch.cat([v[:, 0], v[:, 1:].mean(1) if self.pool == 'cls' else v[:, 1:].amax(1)], 1)
 
 # %% ../../nbs/models/20_encoders.ipynb #fb1ba0ba
 SPECIAL_TOKENS = {'pad_token': '[PAD]', 'unk_token': '[UNK]', 'cls_token': '[CLS]', 'sep_token': '[SEP]', 'mask_token': '[MASK]', 'bos_token': '[BOS]', 'eos_token': '[EOS]'}

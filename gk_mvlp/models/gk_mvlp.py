@@ -257,7 +257,7 @@ def stated(self: GKMVLP, numbers: Tensor, # [B, P] general prompts
     hit = torch.gather(relations, 2, e[:, None].expand(-1, relations.shape[1], -1)) == 1
     return hit & ((numbers >= 0) & (numbers < relations.shape[-1]))[:, None]
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #c66bc33a
+# %% ../../nbs/models/25_gk_mvlp.ipynb #76552403
 FEATURES = ('image', 'gk', 'gk_null', 'gk_shuffled', 'roi')
 
 @patch
@@ -265,7 +265,7 @@ def features(self: GKMVLP, batch: dict, kind: str = 'image') -> Tensor:
     "[B, F] features of pictures: F = 2D for 'image', 4D for the others."
     if kind not in FEATURES: raise GKError(f'features {kind!r}', f'Use one of: {", ".join(FEATURES)}.')
     v = self.image_encoder(batch['images'])
-    base = torch.cat([v[:, 0], v[:, 1:].mean(1) if self.config.pool == 'cls' else v[:, 1:].amax(1)], 1)
+    base = self.image_encoder.summary(v)
     if kind == 'image': return base
     if kind == 'roi': z = pool_patches(v[:, 1:], batch['region_boxes'])
     elif not self.config.gk: raise GKError(f'features {kind!r} need a model with the GK module, this one has objective {self.config.objective!r}', "Use 'image' or 'roi'.")
