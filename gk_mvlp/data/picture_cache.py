@@ -59,7 +59,7 @@ def _make_shard(task: list[tuple[Path, str]], folder: Path, size: int) -> tuple[
     write_json(folder/f'{name}.json', [{'sha256': k, 'width': fr.width, 'height': fr.height, 'crc': zlib.crc32(x)} for k, x, fr in good])
     return name, broken
 
-# %% ../../nbs/data/39_picture_cache.ipynb #6f6129ae
+# %% ../../nbs/data/39_picture_cache.ipynb #3f68afdc
 class PictureCache:
     "Squares of picture files on disk. `cache[path]` is (uint8 [size, size], `Frame`); `batch(paths)` is ([B, size, size], frames)."
     def __init__(self, folder: str | Path, # shared by runs, workers and ranks
@@ -70,7 +70,7 @@ class PictureCache:
         self.folder = Path(folder)/f'{size}px-{transform_key(size)}'
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, tuple[str, int, int, int, int]] = {}       # content: shard, row, width, height, checksum
-        self.known: dict[str, tuple[int, int, str]] = {}                # path: size, time, content
+        self.known: dict[str, dict[tuple[int, int], str]] = {}          # path: (size, time) that were seen: content
         self._maps: dict[str, np.ndarray] = {}
         self._read_lists()
 
@@ -79,7 +79,8 @@ class PictureCache:
         for p in sorted(self.folder.glob('*.json')):
             try: rows = read_json(p)
             except GKError: continue                                        # half a list of a broken disk: its pictures are made again
-            if p.name.startswith('paths-'): self.known |= {k: tuple(v) for k, v in rows.items()}
+            if p.name.startswith('paths-'):
+                for k, (n, mtime, content) in rows.items(): self.known.setdefault(k, {})[n, mtime] = content
             elif (self.folder/f'{p.stem}.npy').is_file(): self.rows |= {r['sha256']: (p.stem, i, r['width'], r['height'], r['crc']) for i, r in enumerate(rows)}
 
     def __getstate__(self): return {**self.__dict__, '_maps': {}}
@@ -87,8 +88,9 @@ class PictureCache:
 
     def _key(self, path: Path) -> str:
         "Content of a file that the cache knows and that looks unchanged, else ''."
-        size, mtime, key = self.known.get(os.path.abspath(path), (0, 0, ''))
-        return key if key in self.rows and (size, mtime) == _stat(path) else ''
+        seen = self.known.get(os.path.abspath(path))
+        key = seen.get(_stat(path), '') if seen else ''
+        return key if key in self.rows else ''
 
     def __contains__(self, path) -> bool: return bool(self._key(Path(path)))
 
