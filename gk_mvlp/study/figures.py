@@ -141,7 +141,7 @@ def plot_reliability(frames: dict[str, list[pd.DataFrame]], # method: one frame 
     sns.despine(ax=ax)
     return ax
 
-# %% ../../nbs/study/65_figures.ipynb #50afdbfe
+# %% ../../nbs/study/65_figures.ipynb #87e87023
 def plot_low_data(table: pd.DataFrame, # rows of classification.csv of one data set, metric and protocol
                   title: str = '', ax: plt.Axes | None = None) -> plt.Axes:
     "AUROC against the share of labels, with 95 % intervals."
@@ -155,5 +155,5 @@ def plot_low_data(table: pd.DataFrame, # rows of classification.csv of one data 
     ax.axhline(.5, color='grey', ls=':', lw=.8)
     ax.set_xscale('log'); ax.set(xlabel='share of labels (%)', ylabel='AUROC', title=title)
     ax.set_xticks(sorted(table['ratio'].unique())); ax.get_xaxis().set_major_formatter('{x:g}'); ax.minorticks_off()
-    ax.legend(fontsize=7, frameon=False, ncol=2, loc='upper center', bbox_to_anchor=(.5, -.2)); sns.despine(ax=ax)
+    ax.legend(fontsize=7, frameon=False, ncol=2, loc='upper center', bbox_to_anchor=(.5, -.3)); sns.despine(ax=ax)
     return ax
