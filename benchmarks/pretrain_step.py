@@ -1,0 +1,107 @@
+"""One pre-training step at paper size on this machine: ours with and without GK, beside open_clip's CoCa.
+
+ViT-B/16 at 224 px, 12-layer report encoder, 6-layer image-report encoder, 6-layer decoder, 60 tokens, batch 4, forward, backward and optimizer. CoCa (ViT-B/16, 12 + 12 text layers)
+does ITC and LM only, which is less work. Each configuration runs in a process of its own (so that its peak memory is its own), the configurations in turn, in several rounds; the fastest step of
+all rounds counts. `pip install open_clip_torch` for the comparison.
+"""
+import json
+import resource
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+
+BATCH, TOKENS, STEPS, ROUNDS = 4, 60, 3, 2
+VOCAB = 31090                                     # of SciBERT
+
+
+def tokenizer():
+    "A vocabulary of SciBERT's size; only its size matters here."
+    from gk_mvlp.data.knowledge import ENTITY_NAMES
+    from gk_mvlp.models.encoders import SPECIAL_TOKENS, train_tokenizer
+    from gk_mvlp.models.gk_mvlp import prompt_book
+    tok = train_tokenizer([*prompt_book()[0], *ENTITY_NAMES], 1000)
+    tok.add_tokens([f'w{i}' for i in range(VOCAB - len(tok))])
+    assert len(tok) == VOCAB and tok.pad_token == SPECIAL_TOKENS['pad_token']
+    return tok
+
+
+def ours(objective: str):
+    "(parameters, step function returning the loss) of our model at paper size."
+    import torch
+
+    from gk_mvlp.data.knowledge import ENTITIES
+    from gk_mvlp.models.gk_mvlp import GKMVLP, ModelConfig
+    tok = tokenizer()
+    config = ModelConfig(objective=objective, image_encoder='vit_base_patch16_224', image_size=224, patch_size=16, dim=768, heads=12, text_depth=12, encoder_depth=6, decoder_depth=6,
+                         max_length=TOKENS, pool='cls', detector_dim=1024, embed_dim=256)
+    model = GKMVLP(config, tok).train()
+    g = torch.Generator().manual_seed(0)
+    xy = torch.rand(BATCH, 29, 2, generator=g) * .5
+    ids = torch.randint(10, VOCAB, (BATCH, TOKENS), generator=g); ids[:, 0], ids[:, -1] = tok.cls_token_id, tok.sep_token_id
+    batch = {'images': torch.randn(BATCH, 1, 224, 224, generator=g), 'input_ids': ids, 'attention_mask': torch.ones_like(ids), 'report_key': torch.arange(BATCH), 'study_key': torch.arange(BATCH),
+             'region_boxes': torch.cat([xy, xy + .3], -1), 'region_valid': torch.ones(BATCH, 29, dtype=torch.bool), 'region_features': torch.randn(BATCH, 29, 1024, generator=g),
+             'entities': torch.randint(-1, 2, (BATCH, len(ENTITIES)), generator=g).float(), 'relations': torch.zeros(BATCH, 29, len(ENTITIES))}
+    return model, lambda: model(batch)['loss']
+
+
+def coca():
+    "(parameters, step function) of open_clip's CoCa ViT-B/16 size with its own loss."
+    import open_clip
+    import torch
+    from open_clip.loss import CoCaLoss
+    config = open_clip.get_model_config('coca_ViT-B-32')
+    config['vision_cfg']['patch_size'] = 16
+    config.pop('custom_text', None)
+    model = open_clip.coca_model.CoCa(**config).train()
+    loss = CoCaLoss(caption_loss_weight=2., clip_loss_weight=1.)
+    g = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(BATCH, 3, 224, 224, generator=g), torch.randint(1, 49000, (BATCH, TOKENS), generator=g)
+    def step():
+        out = model(images, texts)
+        return sum(loss(**{k: out[k] for k in ('image_features', 'text_features', 'logits', 'labels', 'logit_scale')}))
+    return model, step
+
+
+def measure(name: str, bf16: bool) -> dict:
+    "Seconds of the fastest step after a warm-up, and this process's peak memory."
+    import torch
+
+    from gk_mvlp.training.trainer import attention_backend
+    torch.manual_seed(0)
+    model, step = coca() if name == 'coca' else ours(name)
+    opt, best = torch.optim.AdamW(model.parameters(), 1e-5, fused=True), float('inf')
+    from contextlib import nullcontext
+    for i in range(STEPS + 1):
+        start = time.perf_counter()
+        with attention_backend('cpu') if name != 'coca' else nullcontext(), torch.autocast('cpu', torch.bfloat16, enabled=bf16): loss = step()
+        opt.zero_grad(); loss.backward(); opt.step()
+        if i: best = min(best, time.perf_counter() - start)
+    return {'seconds': best, 'peak_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 'parameters': sum(p.numel() for p in model.parameters())}
+
+
+def main() -> None:
+    names, seen = ['gk', 'itc_itm_lm', 'coca'], {}
+    for r in range(ROUNDS):
+        for bf16 in (True, False):
+            for name in list(names):
+                p = subprocess.run([sys.executable, __file__, name, str(int(bf16))], capture_output=True, text=True)
+                if p.returncode:
+                    print(f'{name}: left out ({p.stderr.strip().splitlines()[-1]})', flush=True)
+                    names.remove(name); continue
+                m, key = json.loads(p.stdout.splitlines()[-1]), (name, bf16)
+                print(f'round {r + 1}: {name} {"bf16" if bf16 else "fp32"} {BATCH / m["seconds"]:.2f} images/s, {m["peak_gb"]:.1f} GB', flush=True)
+                if key not in seen or m['seconds'] < seen[key]['seconds']: seen[key] = m
+    from common import write
+    out = {}
+    for bf16, tail in ((True, ''), (False, '_fp32')):
+        gk, base, other = (seen.get((n, bf16)) for n in ('gk', 'itc_itm_lm', 'coca'))
+        out |= {f'ours_images_per_s{tail}': BATCH / gk['seconds'], f'ours_without_gk_images_per_s{tail}': BATCH / base['seconds'], f'ours_peak_gb{tail}': gk['peak_gb'],
+                f'gk_overhead_percent{tail}': 100 * (gk['seconds'] / base['seconds'] - 1)}
+        if other: out |= {f'coca_images_per_s{tail}': BATCH / other['seconds'], f'coca_peak_gb{tail}': other['peak_gb'], f'ratio_to_coca{tail}': other['seconds'] / gk['seconds']}
+    write('pretrain_step', out | {'parameters': seen['gk', True]['parameters']})
+
+
+if __name__ == '__main__':
+    if len(sys.argv) == 3: print(json.dumps(measure(sys.argv[1], bool(int(sys.argv[2])))))
+    else: main()
