@@ -6,7 +6,7 @@
 __all__ = ['LOSSES', 'VARIANTS', 'CLASSES', 'train_config', 'pretrain_configs', 'detector_configs', 'cache_dir', 'load_studies',
            'load_detector', 'model_hash', 'corpus_tokenizer', 'study_set', 'fit_detector', 'detect', 'check_detector',
            'check_lungs', 'summarise_lungs', 'detector_metrics', 'show_regions', 'validation_losses', 'pretrain',
-           'health_table', 'pretrain_metrics', 'plot_history', 'ClassificationTask', 'scores_by_class',
+           'health_table', 'pretrain_metrics', 'plot_history', 'ClassificationTask', 'load_method', 'scores_by_class',
            'classification_metrics', 'show_roc']
 
 # %% ../../nbs/study/61_experiments.ipynb #e5f74a84
@@ -219,13 +219,13 @@ class ClassificationTask:
         "Studies, patients and positives of each split."
         return pd.DataFrame({k: {'studies': len(s), 'patients': len({x.subject_id for x in s}), **{f'{n} +': int(np.nansum(self.y[k][:, i])) for i, n in enumerate(self.names)}} for k, s in self.studies.items()})
 
-# %% ../../nbs/study/61_experiments.ipynb #d108b486
-def _load(task: ClassificationTask, method: str, checkpoint: str) -> GKMVLP:
-    "The method's model: pre-trained, or new for `scratch`."
+# %% ../../nbs/study/61_experiments.ipynb #b939e8bb
+def load_method(method: str, checkpoint: str, settings: dict, seed: int, texts: Sequence[str] = ()) -> GKMVLP:
+    "The method's model: pre-trained, or, for `scratch`, a new one of the same size with a vocabulary of `texts` and the knowledge prompts."
     if method != 'scratch': return GKMVLP.from_pretrained(checkpoint)
-    seed_everything(task.seed)
-    config = from_params(ModelConfig, task.settings['model'] | {'objective': 'scratch'}, 'preset, section model')
-    return GKMVLP(config, train_tokenizer(prompt_book()[0], config.vocab_size))
+    seed_everything(seed)
+    config = from_params(ModelConfig, settings['model'] | {'objective': 'scratch'}, 'preset, section model')
+    return GKMVLP(config, train_tokenizer([*texts, *prompt_book()[0]], config.vocab_size))
 
 @patch
 def run(self: ClassificationTask, method: str, checkpoint: str, config: TrainConfig, run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -242,7 +242,7 @@ def run(self: ClassificationTask, method: str, checkpoint: str, config: TrainCon
         keep('constant', 'linear_probe', np.tile(rate, (len(y['val']), 1)), np.tile(rate, (len(y['test']), 1)), 'training prevalence')
         return pd.concat(rows, ignore_index=True), pd.DataFrame(chosen)
     if method not in VARIANTS: raise GKError(f'method {method!r}', f'Use one of: pixels, {", ".join(VARIANTS)}.')
-    model = _load(self, method, checkpoint)
+    model = load_method(method, checkpoint, self.settings, self.seed)
     for name, kind in VARIANTS[method].items():
         x = {k: model_features(model, d, kind) for k, d in sets.items()}
         r = linear_probe(x['train'], y['train'], x['val'], y['val'], x['test'])

@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'BASELINE', 'RUNNERS', 'TaskRun', 'run_zero_shot', 'run_localization', 'run_report_generation', 'run_vqa',
            'run_task', 'run_metrics']
 
-# %% ../../nbs/study/67_task_runs.ipynb #f2508176
+# %% ../../nbs/study/67_task_runs.ipynb #7d6fe12c
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,20 +21,18 @@ from ..evaluation.grounding import choose_share, finding_boxes, map_frame, map_m
 from ..evaluation.metrics import macro
 from ..evaluation.text import report_frame, report_metrics, stated_entities
 from ..evaluation.vqa import majority_answers, question_frame, vqa_metrics
-from ..models.encoders import train_tokenizer
-from ..models.gk_mvlp import GKMVLP, ModelConfig, prompt_book
+from ..models.gk_mvlp import GKMVLP, ModelConfig
 from ..paths import GKError
-from .experiments import CLASSES, cache_dir, load_detector, scores_by_class
+from .experiments import CLASSES, cache_dir, load_detector, load_method, scores_by_class
 from ..tasks import zero_shot
 from ..tasks.classification import label_matrix, model_features, pixel_features, prediction_frame
 from ..tasks.localization import BoxSet, LocalizationConfig, box_names, constant_boxes, fit_localization
 from ..tasks.report_generation import NORMAL_REPORT, GenerationConfig, fit_reports, most_frequent_report, nearest_reports
 from ..tasks.vqa import FORMS, QASet, answer_questions, answer_space, fit_vqa
 from ..training.batches import StudySet, load_pictures
-from ..training.checkpoint import seed_everything
 from ..training.trainer import TrainConfig
 
-# %% ../../nbs/study/67_task_runs.ipynb #ae36cdc0
+# %% ../../nbs/study/67_task_runs.ipynb #0fd46068
 TASKS = ('zero_shot', 'localization', 'report_generation', 'vqa')
 BASELINE = 'baselines'
 
@@ -66,10 +64,7 @@ class TaskRun:
 
     def model(self, texts: Sequence[str] = ()) -> GKMVLP:
         "The pre-trained model; for `scratch` a new one of the same size, with the GK module's baseline shape and a vocabulary of `texts`."
-        if self.method != 'scratch': return GKMVLP.from_pretrained(self.checkpoint)
-        seed_everything(self.seed)
-        config = from_params(ModelConfig, self.settings['model'] | {'objective': 'scratch'}, 'preset, section model')
-        return GKMVLP(config, train_tokenizer([*texts, *prompt_book()[0]], config.vocab_size))
+        return load_method(self.method, self.checkpoint, self.settings, self.seed, texts)
 
     def pictures(self, split: str, tokenizer=None, **options) -> StudySet:
         "A split as tensors, augmented for training only."
