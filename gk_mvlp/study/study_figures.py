@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'plot_forest', 'plot_levels', 'plot_groups', 'judged_sentences', 'plot_reports', 'StudyFigures']
 
-# %% ../../nbs/study/96_study_figures.ipynb #460972da
+# %% ../../nbs/study/96_study_figures.ipynb #fa206d74
+import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,7 +41,7 @@ def plot_forest(table: pd.DataFrame, # label, difference, low, high, and bool su
     sns.despine(ax=ax, left=True)
     return ax
 
-# %% ../../nbs/study/96_study_figures.ipynb #466d22d5
+# %% ../../nbs/study/96_study_figures.ipynb #f2840ccf
 def _colour(name: str, k: int): return METHOD_COLOURS.get(name, sns.color_palette('dark')[k % 10])
 
 def plot_levels(table: pd.DataFrame, # method, x, mean, low, high
@@ -52,6 +54,7 @@ def plot_levels(table: pd.DataFrame, # method, x, mean, low, high
         ax.fill_between(t['x'].astype(float), t['low'].astype(float), t['high'].astype(float), color=c, alpha=.15, lw=0)
     if log:
         ax.set_xscale('log'); ax.set_xticks(sorted(table['x'].unique())); ax.get_xaxis().set_major_formatter('{x:g}'); ax.minorticks_off(); ax.tick_params(axis='x', labelrotation=30)
+    elif table['x'].nunique() < 8: ax.set_xticks(sorted(table['x'].unique())); ax.get_xaxis().set_major_formatter('{x:g}')
     ax.set_xlabel(xlabel, fontsize=8); ax.set_ylabel(ylabel, fontsize=8); ax.set_title(title, fontsize=9); ax.tick_params(labelsize=7)
     ax.legend(fontsize=6.5, frameon=False); sns.despine(ax=ax)
     return ax
@@ -74,45 +77,45 @@ def plot_groups(table: pd.DataFrame, # attribute, group, method, mean, low, high
     ax.legend(fontsize=6.5, frameon=False, ncol=len(methods), loc='upper center', bbox_to_anchor=(.5, -.42)); sns.despine(ax=ax)
     return ax
 
-# %% ../../nbs/study/96_study_figures.ipynb #e403d7d3
+# %% ../../nbs/study/96_study_figures.ipynb #f3da617d
 VERDICTS = {'right': sns.color_palette('colorblind')[2], 'wrong': sns.color_palette('colorblind')[3], 'none': (.35, .35, .35), 'missed': sns.color_palette('colorblind')[1]}
 
 def judged_sentences(text: str, reference: str) -> tuple[list[tuple[str, str]], list[str]]:
     "([(sentence, 'right', 'wrong' or 'none')], findings missed). A sentence with a wrong finding is wrong, whatever else it states."
     truth = {e for e, v in extract_entities(reference).items() if v == 1}
-    out, sentences = [], [s.strip() for s in text.replace('. ', '.\n').split('\n') if s.strip()]
+    out, sentences = [], [s.strip() for s in re.split(r'(?<=[^\d\s]\.)\s+', text) if s.strip()]         # the number of a list item ends no sentence
     for s in sentences:
         said = {e for e, v in extract_entities(s).items() if v == 1}
         out.append((s, 'none' if not said else 'right' if said <= truth else 'wrong'))
     missed = truth - {e for e, v in extract_entities(text).items() if v == 1}
     return out, [e for e in ENTITY_NAMES if e in missed]
 
-def _write(ax: plt.Axes, parts: Sequence[tuple[str, str]], width: int = 46, size: float = 6.) -> None:
-    "Sentences below each other in their colours, wrapped at `width` characters."
-    import textwrap
-    y = 1.
-    for s, verdict in parts:
-        for line in textwrap.wrap(s, width) or ['']:
-            if y < 0: return
-            ax.text(0, y, line, color=VERDICTS[verdict], fontsize=size, va='top', transform=ax.transAxes); y -= .062
+_LINE = .105                                             # inches
+
+def _lines(parts: Sequence[tuple[str, str]], width: int = 52) -> list[tuple[str, str]]:
+    "(line, verdict) of sentences below each other."
+    return [(line, v) for s, v in parts for line in textwrap.wrap(s, width)]
+
+def _write(ax: plt.Axes, lines: Sequence[tuple[str, str]], room: float) -> None: # of `_lines`, inches of the axes' height
+    for k, (line, v) in enumerate(lines): ax.text(0, 1 - k * _LINE / room, line, color=VERDICTS[v], fontsize=6, va='top', transform=ax.transAxes)
 
 def plot_reports(images: np.ndarray, # uint8 [K, S, S]
                  references: Sequence[str], written: dict[str, Sequence[str]], # method: K reports
                  title: str = '') -> plt.Figure:
     "A row per study: picture, reference, and each method's report with its sentences coloured and what it missed."
-    n = len(images)
-    fig, axes = plt.subplots(n, 2 + len(written), figsize=(1.6 + 2.5 * (1 + len(written)), 2.25 * n), squeeze=False, gridspec_kw={'width_ratios': [.75] + [1.15] * (1 + len(written))})
+    n, cells = len(images), []
     for i in range(n):
-        show_picture(axes[i, 0], images[i])
-        _write(axes[i, 1], [(s, v) for s, v in judged_sentences(references[i], references[i])[0]])
-        for k, (m, texts) in enumerate(written.items()):
-            parts, missed = judged_sentences(texts[i], references[i])
-            _write(axes[i, 2 + k], parts + ([('missed: ' + ', '.join(missed), 'missed')] if missed else []))
-        for ax, name in zip(axes[i, 1:], ('reference', *written), strict=True):
-            ax.axis('off')
+        judged = [judged_sentences(t[i], references[i]) for t in (references, *written.values())]
+        cells.append([_lines(parts + ([('missed: ' + ', '.join(missed), 'missed')] if missed else [])) for parts, missed in judged])
+    room = [max(1.3, _LINE * max(map(len, row))) for row in cells]
+    fig, axes = plt.subplots(n, 2 + len(written), figsize=(1.6 + 2.6 * (1 + len(written)), sum(room) + .18 * n + .75), squeeze=False, layout='constrained', gridspec_kw={'width_ratios': [.6] + [1.15] * (1 + len(written)), 'height_ratios': room})
+    for i in range(n):
+        show_picture(axes[i, 0], images[i]); axes[i, 0].set_anchor('N')
+        for ax, lines, name in zip(axes[i, 1:], cells[i], ('reference', *written), strict=True):
+            _write(ax, lines, room[i]); ax.axis('off')
             if i == 0: ax.set_title(name, fontsize=8, loc='left')
-    fig.legend(handles=[plt.Line2D([], [], color=c, lw=3, label={'none': 'no finding stated'}.get(k, k)) for k, c in VERDICTS.items()], loc='lower center', ncol=4, fontsize=7, frameon=False)
-    fig.suptitle(title, fontsize=9); fig.subplots_adjust(left=.01, right=.99, top=.92, bottom=.06, wspace=.05, hspace=.12)
+    fig.legend(handles=[plt.Line2D([], [], color=c, lw=3, label={'none': 'no finding stated'}.get(k, k)) for k, c in VERDICTS.items()], loc='outside lower center', ncol=4, fontsize=7, frameon=False)
+    fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../../nbs/study/96_study_figures.ipynb #50d5bb84
@@ -137,7 +140,16 @@ class StudyFigures:
         for make in (self.forest, self.ablations, self.robustness, self.subgroups, self.scaling, self.reports):
             if (fig := make()) is not None: yield fig
 
-# %% ../../nbs/study/96_study_figures.ipynb #2b846e56
+# %% ../../nbs/study/96_study_figures.ipynb #f0c94a5d
+def _forests(panels: dict[str, pd.DataFrame], xlabel: str, columns: int = 3) -> plt.Figure: # title: table of `plot_forest`
+    "Panels in rows of three, each row as high as its longest table."
+    rows = [list(panels.items())[i:i + columns] for i in range(0, len(panels), columns)]
+    heights = [.75 + .19 * max(len(g) for _, g in r) for r in rows]
+    fig, axes = plt.subplots(len(rows), min(columns, len(panels)), figsize=(4.4 * min(columns, len(panels)), sum(heights)), squeeze=False, layout='constrained', gridspec_kw={'height_ratios': heights})
+    for ax in axes.flat[len(panels):]: ax.axis('off')
+    for ax, (title, g) in zip(axes.flat, panels.items()): plot_forest(g, title, xlabel, ax)
+    return fig
+
 @patch
 def forest(self: StudyFigures) -> plt.Figure | None:
     "gk minus its references in the classification task and the others, one panel per data set and protocol."
@@ -145,12 +157,8 @@ def forest(self: StudyFigures) -> plt.Figure | None:
     t = pd.concat([f.assign(metric=f['metric'] if 'metric' in f else 'auroc') for f in (main, tasks) if len(f)], ignore_index=True) if len(main) or len(tasks) else main
     if not len(t): return None
     t = t.assign(label=[f'{r.reference}' + (f', {r.ratio:g} %' if r.ratio == r.ratio else '') for r in t.itertuples()], sure=t['p_holm'] < .05)
-    panels = [(f'{a}: {d}, {q}, {m}'.replace('_', ' '), g) for (a, d, q, m), g in t.groupby(['task', 'dataset', 'protocol', 'metric'], sort=False)]
-    columns = min(3, len(panels)); rows = -(-len(panels) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, rows * (1. + .2 * max(len(g) for _, g in panels))), squeeze=False)
-    for ax in axes.flat[len(panels):]: ax.axis('off')
-    for ax, (title, g) in zip(axes.flat, panels): plot_forest(g, title, 'gk minus reference', ax)
-    fig.tight_layout()
+    panels = {f'{a}: {d}, {q}, {m}'.replace('_', ' '): g for (a, d, q, m), g in t.groupby(['task', 'dataset', 'protocol', 'metric'], sort=False)}
+    fig = _forests(panels, 'gk minus reference')
     jobs = [f'classification/{p.name}' for p in sorted((self.runs/'classification').glob('*')) if p.name.split('-r')[0].split('-', 1)[-1] in (*self.p.methods,)] + [j for j in task_jobs(self.p)]
     return self.save(fig, 'forest', jobs)
 
@@ -160,15 +168,12 @@ def ablations(self: StudyFigures) -> plt.Figure | None:
     t = self.table('ablation')
     if not len(t): return None
     t = t[t['difference'].notna() & ((t['protocol'] != 'linear_probe') | (t['ratio'] == max(self.p.ratios))) & t['metric'].isin(['auroc', 'grounding_auroc', 'pointing', 'clinical_f1'])]
-    groups = [g for g in t.groupby(['dataset', 'metric', 'protocol'], sort=False) if g[0][2] != 'similarity']
-    if not groups: return None
-    fig, axes = plt.subplots(1, len(groups), figsize=(3.4 * len(groups), 1. + .22 * max(len(g) for _, g in groups)), squeeze=False)
-    for ax, ((d, m, q), g) in zip(axes[0], groups, strict=True):
-        plot_forest(g.assign(label=g['method'], low=g['difference_low'], high=g['difference_high'], sure=g['p_holm'] < .05), f'{d}: {m}, {q}'.replace('_', ' '), 'minus gk', ax)
-    fig.tight_layout()
-    return self.save(fig, 'ablations', t['runs'])
+    t = t[t['protocol'] != 'similarity'].assign(label=lambda f: f['method'], low=lambda f: f['difference_low'], high=lambda f: f['difference_high'], sure=lambda f: f['p_holm'] < .05)
+    if not len(t): return None
+    panels = {f'{d}: {m}, {q}'.replace('_', ' '): g for (d, m, q), g in t.groupby(['dataset', 'metric', 'protocol'], sort=False)}
+    return self.save(_forests(panels, 'minus gk'), 'ablations', t['runs'])
 
-# %% ../../nbs/study/96_study_figures.ipynb #519fa160
+# %% ../../nbs/study/96_study_figures.ipynb #2ffee947
 @patch
 def _curves(self: StudyFigures, t: pd.DataFrame, name: str, x: str = 'level', labels: dict[str, str] | None = None, log: bool = False) -> plt.Figure | None:
     "Panels per (data set, factor) of AUROC of linear probes with all labels."
@@ -178,6 +183,8 @@ def _curves(self: StudyFigures, t: pd.DataFrame, name: str, x: str = 'level', la
     if not panels: return None
     fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.9), squeeze=False, sharey=True)
     for ax, ((d, f), g) in zip(axes[0], panels, strict=True):
+        blind = g[(g['reference'] == 'gk-image_only') & (g['method'] == 'gk') & (g['level'] == 0)] if 'reference' in g else g[:0]
+        if len(blind): ax.axhline(float((blind['mean'] - blind['difference']).iloc[0]), color='grey', ls='--', lw=1, label='gk-image_only')
         column = x if x in g else {'studies': 'pretrain_studies', 'size': 'weights'}.get(f, 'level')
         plot_levels(g.assign(x=g[column] if column in g and g[column].notna().all() else g['level']), f'{d}: {f}', (labels or {}).get(f, f), ax=ax, log=log)
     fig.tight_layout()

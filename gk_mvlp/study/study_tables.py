@@ -119,7 +119,7 @@ def _probe_cell(key: tuple, v: list) -> ProbeCell:
     return ProbeCell(dataset, method, protocol, ratio, first.to_numpy(float), np.stack([x[3].to_numpy(float) for x in v]), v[0][4].to_numpy(), tuple(x[0] for x in v), tuple(x[1] for x in v), {},
                      np.stack([x[5] for x in v]), tuple(first.columns), factor, level)
 
-# %% ../../nbs/study/95_study_tables.ipynb #8bd79d28
+# %% ../../nbs/study/95_study_tables.ipynb #2acba9da
 def probe_values(cells: Sequence[ProbeCell], n_boot: int = 2500) -> list[Values]: # 1000 resamples give no p below .002: too coarse to correct for 30 tests
     "Macro AUROC of every cell."
     out, weights = [], {}
@@ -136,7 +136,7 @@ MAP_ROWS = {'attention_null': 'null_prompts', 'attention_shuffled': 'shuffled_pr
 def _relations(f: pd.DataFrame, method: str, n_boot: int) -> Iterable[tuple]:
     who = f.drop_duplicates('study_id')['subject_id']
     w = with_whole(patient_weights(who, n_boot))
-    for s in [*SOURCES, 'train_prior', 'uniform']:
+    for s in ['attention'] if '-' in method else [*SOURCES, 'train_prior', 'uniform']:      # a variant's controls are those of its base
         name = f'{method}-{SOURCES[s]}'.rstrip('-') if s in SOURCES else s
         try: v = relation_metrics(f.assign(uniform=1.), s, w)
         except UndefinedMetric: continue
@@ -294,7 +294,7 @@ def _others(at: dict, attribute: str, group: str, key: tuple) -> Values | None:
     rest = [v for (a, g, k), v in at.items() if a == attribute and k == key and g not in (group, 'gap', 'worst')]
     return replace(rest[0], method='mean of the other groups', values=np.mean([v.values for v in rest], 0)) if rest else None
 
-# %% ../../nbs/study/95_study_tables.ipynb #d8ad45e5
+# %% ../../nbs/study/95_study_tables.ipynb #b3a34d8b
 def subgroup_table(cells: Sequence[Cell], files: dict[str, tuple], # data set: (groups, areas, prevalence [C], test ids)
                    p: Preset, method: str = 'gk', reference: str = 'itc_itm_lm', n_boot: int = 2500, least: int = 5) -> pd.DataFrame:
     "Groups, gap and worst group of each method, attribute and metric; cells of sweeps are named by factor and level."
@@ -305,8 +305,10 @@ def subgroup_table(cells: Sequence[Cell], files: dict[str, tuple], # data set: (
         masks = truth_masks(c, *files[c.dataset], least)
         found += subgroup_values(c, {k: m for k, m in masks.items() if not x or k in ('sex',)}, n_boot)
     at, rows = {(a, g, v.key): v for a, g, _, v in found}, []
+    groups = {a: sorted({g for b, g, *_ in found if b == a} - {'gap', 'worst'}) for a, *_ in found}
+    twins = {g[1] for g in groups.values() if len(g) == 2}                       # of two groups one difference says all
     for a, g, classes, v in found:
-        ref, test = None, v.method == method and v.metric == 'auroc'
+        ref, test = None, v.method == method and v.metric == 'auroc' and g not in twins
         if v.factor: ref = at.get((a, g, (*v.key[:4], '', None, v.metric)))
         elif g == 'gap': ref = at.get((a, g, (v.dataset, reference, *v.key[2:]))) if v.method == method else None
         elif g != 'worst': ref = _others(at, a, g, v.key)

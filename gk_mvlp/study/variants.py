@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from ..config import Preset, check_params, from_params
 from ..paths import GKError
 
-# %% ../../nbs/study/58_variants.ipynb #9f2541df
-SECTIONS = {'objective': str, 'model': dict, 'pretrain': dict, 'data': dict, 'pretrain_ratio': float}
+# %% ../../nbs/study/58_variants.ipynb #656528d6
+SECTIONS = {'objective': str, 'model': dict, 'pretrain': dict, 'data': dict, 'pretrain_ratio': float, 'seeds': list[int]}
 SWEEP_TABLES = ('scaling', 'robustness', 'subgroups')
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Variant:
     factor: str = ''
     level: float = float('nan')
 
-# %% ../../nbs/study/58_variants.ipynb #1c220463
+# %% ../../nbs/study/58_variants.ipynb #b0d237fc
 def sweeps(p: Preset) -> dict[str, Sweep]:
     "The preset's sweeps, checked."
     return {f: from_params(Sweep, d, f'preset, sweep {f}') for f, d in p.sweeps.items()}
@@ -49,8 +49,9 @@ def sweeps(p: Preset) -> dict[str, Sweep]:
 def _variant(p: Preset, method: str, base: str, changes: dict, where: str, seeds: Sequence[int], **about) -> Variant:
     if not method.rpartition('-')[2].replace('.', '').replace('_', '').isalnum() or method != method.lower(): raise GKError(f'{where}: the name {method!r}', 'Use small letters, digits and _.')
     check_params(changes, SECTIONS, where)
+    seeds = changes.get('seeds') or seeds
     if wrong := [s for s in seeds if s not in p.seeds]: raise GKError(f'{where}: seed {wrong[0]} is no seed of the preset', f'Use some of: {", ".join(map(str, p.seeds))}.')
-    return Variant(method, base, changes.get('objective', base), {k: v for k, v in changes.items() if k != 'objective'}, tuple(seeds), **about)
+    return Variant(method, base, changes.get('objective', base), {k: v for k, v in changes.items() if k not in ('objective', 'seeds')}, tuple(seeds), **about)
 
 def variants(p: Preset) -> dict[str, Variant]:
     "Every variant of a preset by the name of its method: ablations of gk, then the levels of the sweeps."
