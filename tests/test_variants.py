@@ -312,6 +312,12 @@ def test_subgroup_gaps_of_gk_are_tested_against_the_reference():
     assert set(t['attribute']) == {'sex', 'frequency of the finding'}, 'attributes that nobody knows are absent'
 
 
+def test_groups_too_small_to_score_leave_no_table():
+    c = cell('gk', 2.); ids = [f's{i:03d}' for i in range(150)]
+    files = pd.DataFrame({'study_id': ids, 'split': 'test', 'sex': '', 'age': '', 'view': '', 'habitus': ''}), pd.DataFrame({'study_id': ids, 'split': 'test', 'label': 'a', 'area': .1}), np.full(3, .1), ids
+    assert not len(T.subgroup_table([c], {'phantom': files}, load_preset('smoke'), n_boot=30, least=200))
+
+
 def test_other_test_data_is_refused():
     a = T.probe_values([cell('gk', 2.)], 50)[0]
     with pytest.raises(GKError, match='other test data'): T.difference(a, replace(a, n=3))

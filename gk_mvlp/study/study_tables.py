@@ -30,7 +30,7 @@ from .launch import classification_jobs, pretrained, probing_jobs
 from .task_tables import task_values
 from .variants import sweeps, variants
 
-# %% ../../nbs/study/95_study_tables.ipynb #33d2a89c
+# %% ../../nbs/study/95_study_tables.ipynb #0bbc9ade
 @dataclass(frozen=True)
 class Values:
     "A metric of a method in all seeds, on all test data and on every resample."
@@ -75,8 +75,9 @@ def difference(a: Values, b: Values, test: bool = True) -> dict:
     return {'reference': b.method, 'difference': x - y, 'difference_low': low, 'difference_high': high} | ({'p': bootstrap_p(boot_x - boot_y)} if test else {})
 
 def corrected(rows: Iterable[dict]) -> pd.DataFrame:
-    "The table with p_holm over all its tests, and a verdict where it is below .05."
+    "The table with p_holm over all its tests, and a verdict where it is below .05; empty without rows."
     t = pd.DataFrame(list(rows))
+    if not len(t): return t
     for c in ('reference', 'difference', 'difference_low', 'difference_high', 'p', 'note'):
         if c not in t: t[c] = np.nan
     tested = t['p'].notna()
@@ -294,7 +295,7 @@ def _others(at: dict, attribute: str, group: str, key: tuple) -> Values | None:
     rest = [v for (a, g, k), v in at.items() if a == attribute and k == key and g not in (group, 'gap', 'worst')]
     return replace(rest[0], method='mean of the other groups', values=np.mean([v.values for v in rest], 0)) if rest else None
 
-# %% ../../nbs/study/95_study_tables.ipynb #b3a34d8b
+# %% ../../nbs/study/95_study_tables.ipynb #d6e4b712
 def subgroup_table(cells: Sequence[Cell], files: dict[str, tuple], # data set: (groups, areas, prevalence [C], test ids)
                    p: Preset, method: str = 'gk', reference: str = 'itc_itm_lm', n_boot: int = 2500, least: int = 5) -> pd.DataFrame:
     "Groups, gap and worst group of each method, attribute and metric; cells of sweeps are named by factor and level."
@@ -315,7 +316,8 @@ def subgroup_table(cells: Sequence[Cell], files: dict[str, tuple], # data set: (
         extra = difference(v, replace(ref, n=v.n), test) if ref is not None else {}
         if extra and v.factor: extra['reference'] = f'{v.method}, no shift'
         rows.append(_row(v, 'subgroups') | extra | {'attribute': a, 'group': g, 'classes': classes})
-    return corrected(rows).sort_values(['dataset', 'attribute', 'metric', 'method', 'factor', 'group'], ignore_index=True, kind='stable')
+    t = corrected(rows)
+    return t.sort_values(['dataset', 'attribute', 'metric', 'method', 'factor', 'group'], ignore_index=True, kind='stable') if len(t) else t
 
 def subgroup_files(folder: Path, labels: Sequence[str]) -> tuple:
     "(groups, areas, training prevalence of each label, test ids) from a probing run."
