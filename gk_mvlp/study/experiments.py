@@ -56,13 +56,13 @@ def detector_configs(settings: dict, seed: int) -> tuple[DetectorConfig, TrainCo
     train = section.pop('train')
     return from_params(DetectorConfig, section, 'preset, section detector'), *train_config(train, 'detector.train', seed)
 
-# %% ../../nbs/study/61_experiments.ipynb #49c5333f
+# %% ../../nbs/study/61_experiments.ipynb #1f9120ea
 def cache_dir() -> Path: "Pictures of phantoms and regions found by detectors: safe to delete."; return runs_dir()/'cache'
 
 def load_studies(settings: dict, dataset: str, data: str = '') -> tuple[list[Study], str]:
     "Studies of a data set with splits, and their fingerprint."
     options = settings['data'] | {'cache_dir': cache_dir()} if dataset == 'phantom' else {}
-    studies = load_dataset(dataset, data or None, **options)
+    studies = load_dataset(dataset, data or None, **options, **settings.get('dataset_options', {}).get(dataset, {}))
     return studies, data_fingerprint(studies)
 
 def load_detector(folder: str) -> RegionDetector:
