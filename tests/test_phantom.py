@@ -46,6 +46,17 @@ def test_workers_make_the_same_bytes(tmp_path, studies):
     assert all(same(x, y) for x, y in zip(a, b, strict=True))
     assert [picture_hash(np.asarray(x.image)) for x in a] == [picture_hash(s.image) for s in studies[:20]]
 
+def test_bands_and_windows_do_not_change_a_byte(monkeypatch):
+    "A picture drawn in bands of rows, each term in its own window, equals the one drawn whole and in wider windows."
+    config = PhantomConfig(n=40, size=72, seed=12, normal=0., clutter=.9)
+    drawn = [make_study(config, i) for i in range(14)]
+    bands, window = phantom.Canvas.bands, phantom.Canvas.window
+    def wider(*a, **k): return tuple(slice(None if s.start is None else max(0, s.start - 4), None if s.stop is None else s.stop + 4) for s in window(*a, **k))
+    for change in ({'bands': lambda self: bands(self, 72 * 5)}, {'bands': lambda self: bands(self, 10 ** 6)}, {'window': wider}):
+        with monkeypatch.context() as m:
+            for name, f in change.items(): m.setattr(phantom.Canvas, name, f)
+            assert all(same(make_study(config, i), s) for i, s in enumerate(drawn)), list(change)
+
 def test_index_outside_is_an_error():
     for i in (-1, CONFIG.n):
         with pytest.raises(GKError, match='outside'): make_study(CONFIG, i)
