@@ -228,7 +228,7 @@ def _blur(sigma: float, n: int, m: int = 32) -> tuple[np.ndarray, np.ndarray]:
     K = np.exp(-.5 * ((t[:, None] - t[None]) / sigma) ** 2)
     return pool, _upsample(m, n) @ (K / K.sum(1, keepdims=True))
 
-# %% ../../nbs/data/14_phantom.ipynb #8d3e9a39
+# %% ../../nbs/data/14_phantom.ipynb #f5d9fb0c
 class Canvas:
     "A picture of `n` x `n` pixels in body coordinates: grids x, y, r = |x| and the layers drawn so far."
     def __init__(self, body: Body, n: int, rng: np.random.Generator, clutter: float = 1.):
@@ -257,7 +257,7 @@ class Canvas:
             return slice(None if lo is None else int(np.maximum(a, b).searchsorted(lo)), None if hi is None else int(np.minimum(a, b).searchsorted(hi, 'right')))
         return span(self.y[:, 0], self.y[:, -1], y0, y1), span(self.x[0], self.x[-1], x0, x1)
 
-    def bands(self, pixels: int = 16384) -> Iterable[tuple[slice, 'Canvas']]:
+    def bands(self, pixels: int = 32768) -> Iterable[tuple[slice, 'Canvas']]:
         "(rows, canvas of these rows alone), top to bottom. A layer of a band stays in the processor's cache; whole pictures of 512 pixels would go to memory and back for every term."
         step = max(1, pixels // self.n)
         for rows in (slice(k, k + step) for k in range(0, self.n, step)):
@@ -623,7 +623,7 @@ _PAINT: dict[str, Callable] = {'lung opacity': _opacity, 'consolidation': _conso
     'pleural effusion': _effusion, 'pneumothorax': _pneumothorax, 'nodule': _nodule, 'mass': _mass, 'fibrosis': _fibrosis, 'pleural thickening': _thickening,
     'fracture': _fracture, 'hiatal hernia': _hernia, 'granuloma': _granuloma, 'support device': _device}
 
-# %% ../../nbs/data/14_phantom.ipynb #07bdacb9
+# %% ../../nbs/data/14_phantom.ipynb #deaabc94
 def _film(c: Canvas, D: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
     "uint8 [n, n] from optical depth: scatter, quantum noise, logarithm, window, collimation."
     b = c.body
@@ -648,8 +648,14 @@ class Rendering:
     "A finished picture with its canvas and, per finding, where it changed the optical depth."
     image: np.ndarray; canvas: Canvas; changes: list[np.ndarray | None]; depth: np.ndarray
 
+@lru_cache(maxsize=1)
+def _keep_memory() -> None:
+    "Allocates and frees 16 MB, once: glibc then keeps freed blocks up to that size for the next layer instead of handing them back to the system (`M_MMAP_THRESHOLD` in mallopt(3)); a sixth of the time at 512 pixels."
+    np.empty(1 << 24, np.uint8)
+
 def render(body: Body, findings: list[Finding], size: int, rng: np.random.Generator, noise: float = 1., clutter: float = 1., contrast: float = 1.) -> Rendering:
     "Draw `findings` into `body`: optical depths add up, then the film is exposed. Findings of shape are already in `body`."
+    _keep_memory()
     film = np.random.default_rng(int(rng.integers(2 ** 62)))             # its own stream: a finding does not change the noise elsewhere
     c = Canvas(body, size, rng, clutter); broken = _side_findings(findings, 'fracture')
     D = _compose(c, broken, min(1., (.35 + .65 * broken.severity) * contrast) if broken else 0.)
