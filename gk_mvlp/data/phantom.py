@@ -623,9 +623,9 @@ _PAINT: dict[str, Callable] = {'lung opacity': _opacity, 'consolidation': _conso
     'pleural effusion': _effusion, 'pneumothorax': _pneumothorax, 'nodule': _nodule, 'mass': _mass, 'fibrosis': _fibrosis, 'pleural thickening': _thickening,
     'fracture': _fracture, 'hiatal hernia': _hernia, 'granuloma': _granuloma, 'support device': _device}
 
-# %% ../../nbs/data/14_phantom.ipynb #deaabc94
-def _film(c: Canvas, D: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    "uint8 [n, n] from optical depth: scatter, quantum noise, logarithm, window, collimation."
+# %% ../../nbs/data/14_phantom.ipynb #d88faa21
+def _expose(c: Canvas, D: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    "[n, n] optical depth as the detector measures it: scatter, blur, quantum noise."
     b = c.body
     scatter = {'thin': .16, 'average': .22, 'large': .30}[b.habitus] + .05 * (b.view == 'AP'); photons = {'thin': 30e3, 'average': 22e3, 'large': 14e3}[b.habitus]
     I = np.negative(D); np.exp(I, out=I); pool, spread = _blur(.055, c.n)
@@ -633,7 +633,12 @@ def _film(c: Canvas, D: np.ndarray, noise: float, rng: np.random.Generator) -> n
     gaussian_filter(I, (.0032 + .0012 * (b.view == 'AP')) * c.n, mode='nearest', truncate=3, output=I)   # focal spot and detector
     grains = np.divide(I, photons, out=blurred); np.sqrt(grains, out=grains); grains *= noise; grains *= rng.standard_normal(I.shape); grains *= (c.n / 128) ** .5
     I += grains                                                                          # smaller pixels catch fewer photons; exposure makes up for half of it
-    np.maximum(I, 2e-3, out=I); D = np.negative(np.log(I, out=I), out=I)
+    np.maximum(I, 2e-3, out=I)
+    return np.negative(np.log(I, out=I), out=I)
+
+def _film(c: Canvas, D: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    "uint8 [n, n] from optical depth: exposure, window, collimation."
+    b, D = c.body, _expose(c, D, noise, rng)
     inner = D[c.n // 8: -c.n // 8, c.n // 8: -c.n // 8]
     lo, hi = np.percentile(inner, (2, 98))
     lo, hi = lo - .34 - .08 * rng.standard_normal(), hi + .08 * rng.standard_normal()
@@ -643,6 +648,7 @@ def _film(c: Canvas, D: np.ndarray, noise: float, rng: np.random.Generator) -> n
     out *= .98; out += .02; out *= 255; out *= 1 - .03 * rng.random()
     return np.rint(out, out=out).astype(np.uint8)
 
+# %% ../../nbs/data/14_phantom.ipynb #52e72a54
 @dataclass
 class Rendering:
     "A finished picture with its canvas and, per finding, where it changed the optical depth."
