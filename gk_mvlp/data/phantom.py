@@ -648,7 +648,7 @@ def _film(c: Canvas, D: np.ndarray, noise: float, rng: np.random.Generator) -> n
     out *= .98; out += .02; out *= 255; out *= 1 - .03 * rng.random()
     return np.rint(out, out=out).astype(np.uint8)
 
-# %% ../../nbs/data/14_phantom.ipynb #52e72a54
+# %% ../../nbs/data/14_phantom.ipynb #a2913346
 @dataclass
 class Rendering:
     "A finished picture with its canvas and, per finding, where it changed the optical depth."
@@ -656,8 +656,8 @@ class Rendering:
 
 @lru_cache(maxsize=1)
 def _keep_memory() -> None:
-    "Allocates and frees 16 MB, once: glibc then keeps freed blocks up to that size for the next layer instead of handing them back to the system (`M_MMAP_THRESHOLD` in mallopt(3)); a sixth of the time at 512 pixels."
-    np.empty(1 << 24, np.uint8)
+    "Allocates and frees 31 MB, once: glibc then keeps freed blocks for the next layers instead of handing them back to the system, which costs a quarter of the time at 512 pixels (mallopt(3): `M_MMAP_THRESHOLD` adapts, up to 32 MB)."
+    np.empty(31 << 20, np.uint8)
 
 def render(body: Body, findings: list[Finding], size: int, rng: np.random.Generator, noise: float = 1., clutter: float = 1., contrast: float = 1.) -> Rendering:
     "Draw `findings` into `body`: optical depths add up, then the film is exposed. Findings of shape are already in `body`."
