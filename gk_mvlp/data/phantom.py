@@ -7,7 +7,7 @@ __all__ = ['SCENARIOS', 'CONTRAST', 'OPACITY_CHILDREN', 'Box', 'PhantomConfig', 
            'render', 'region_boxes', 'Statement', 'write_report', 'ask', 'hidden_state', 'make_study', 'cache_name',
            'load_phantom']
 
-# %% ../../nbs/data/14_phantom.ipynb #358f535f
+# %% ../../nbs/data/14_phantom.ipynb #89627c67
 import copy
 import hashlib
 import importlib.util
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .anatomy import REGIONS
 from .knowledge import ENTITIES, ENTITY_NAMES

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .images import load_image
 from .study import Study, check_splits, picture_hash, split_by_patient, study_to_dict, validate
