@@ -44,7 +44,7 @@ def _cached(files: list[str | Path], size: int, cache_dir: str | Path, progress:
         return cache
     except OSError as err: warnings.warn(f'{cache_dir}: pictures are not cached ({err.strerror})', stacklevel=3)
 
-# %% ../../nbs/training/29_batches.ipynb #e74f1113
+# %% ../../nbs/training/29_batches.ipynb #76bba0f8
 def load_pictures(studies: Sequence[Study], size: int, progress: bool = True,
                   cache_dir: str | Path | None = None # keeps the squares of picture files for the next call; None: decode
                   ) -> tuple[np.ndarray, list[Frame]]:
@@ -53,7 +53,7 @@ def load_pictures(studies: Sequence[Study], size: int, progress: bool = True,
         if s.image is None: raise GKError(f'study {s.study_id!r} has no picture', 'Leave it out, or give its file.')
     out, frames = _room((len(studies), size, size), cache_dir), []
     files = [s.image for s in studies if isinstance(s.image, str | os.PathLike)]
-    cache = _cached(files, size, cache_dir, progress) if cache_dir is not None and files else None
+    cache = _cached(files, size, cache_dir, progress and len(files) >= 500) if cache_dir is not None and files else None
     for i, s in enumerate(tqdm(studies, desc='pictures', disable=not progress or len(studies) < 500, mininterval=2)):
         out[i], frame = cache[s.image] if cache is not None and isinstance(s.image, str | os.PathLike) else load_square(s.image, size)
         frames.append(frame)
