@@ -23,7 +23,7 @@ from .study import Study, check_splits, picture_hash, split_by_patient, study_to
 from .tables import read_json
 from ..paths import GKError, atomic_write, read_text, write_json
 
-# %% ../../nbs/data/19_registry.ipynb #1aa99ca2
+# %% ../../nbs/data/19_registry.ipynb #535f0b6d
 @dataclass(frozen=True)
 class Entry:
     "A registered data set: its loader (or 'module:function'), and whether its splits keep patients apart ('patient') or only questions ('question')."
@@ -47,6 +47,7 @@ _REGISTRY: dict[str, Entry] = {e.name: e for e in (
     Entry('slake', 'gk_mvlp.data.slake:load_slake'),
     Entry('vqa_rad', 'gk_mvlp.data.vqa_rad:load_vqa_rad', split_by='question'))}
 
+# %% ../../nbs/data/19_registry.ipynb #4b6169ff
 def dataset_names() -> list[str]:
     "All names that `load_dataset` knows."
     return sorted(_REGISTRY)
