@@ -50,7 +50,7 @@ rule pretrain:
     params:
         label=lambda w: f"pretrain {w.method}, seed {w.seed}",
         p=lambda w: given(objective=method_settings(P, w.method)[0], seed=int(w.seed), detector=DETECTOR, **settings_of(w.method)),
-        settings=json.dumps([P.data, P.model, P.pretrain, P.pretrain_dataset, P.pretrain_ratio])
+        settings=json.dumps([P.data, P.model, P.pretrain, P.pretrain_dataset, P.pretrain_ratio, P.dataset_options.get(P.pretrain_dataset)])
     shell: RUN
 
 rule classification:
@@ -59,7 +59,7 @@ rule classification:
     params:
         label=lambda w: f"classification of {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
         p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w)),
-        settings=json.dumps([P.data, P.model, P.finetune])
+        settings=lambda w: json.dumps([P.data, P.model, P.finetune, P.dataset_options.get(w.dataset)])
     shell: RUN
 
 TASK_NOTEBOOKS = {"zero_shot": "73", "localization": "74", "report_generation": "75", "vqa": "76"}
@@ -71,7 +71,7 @@ rule task:
     params:
         label=lambda w: f"{w.task} on {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
         p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w)),
-        settings=json.dumps([P.data, P.model, P.finetune, P.localization, P.generation])
+        settings=lambda w: json.dumps([P.data, P.model, P.finetune, P.localization, P.generation, P.dataset_options.get(w.dataset)])
     shell: RUN
 
 rule probing:
