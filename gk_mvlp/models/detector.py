@@ -180,7 +180,7 @@ class FasterRCNNHead(nn.Module):
         pick = torch.stack([b[m.indices, classes] for b, m in zip(boxes.split(counts), best, strict=True)])
         return [pick / self.image_size], torch.stack([m.values for m in best]).logit(eps=1e-6)
 
-# %% ../../nbs/models/21_detector.ipynb #19b4f344
+# %% ../../nbs/models/21_detector.ipynb #6159d3d1
 class RegionDetector(nn.Module):
     "Backbone and head; see `detect` and `detection_loss`."
     def __init__(self, config: DetectorConfig):
@@ -219,6 +219,18 @@ class RegionDetector(nn.Module):
             parts.append((boxes, scores, valid, features))
         self.train(was)
         return {k: torch.cat(v).to(images.device) for k, v in zip(('boxes', 'scores', 'valid', 'features'), zip(*parts, strict=True), strict=True)}
+
+    @torch.no_grad()
+    def describe(self, images: Tensor, # float [B, 1, S, S] from `to_float`
+                 boxes: Tensor, # [B, 29, 4], 0..1
+                 batch_size: int = 32) -> Tensor:
+        "Features [B, 29, C] of given boxes, pooled as `detect` pools its own."
+        self._check(images)
+        was, device = self.training, next(self.parameters()).device
+        self.eval()
+        out = [pool_regions(self.backbone(x.to(device)), b.to(device), 4).mean((-2, -1)).float() for x, b in zip(images.split(batch_size), boxes.float().split(batch_size), strict=True)]
+        self.train(was)
+        return torch.cat(out).to(images.device)
 
 # %% ../../nbs/models/21_detector.ipynb #c21b1488
 def detection_loss(model: nn.Module, # a `RegionDetector`, wrapped or not

@@ -37,7 +37,7 @@ OBJECTIVES: dict[str, dict[str, float]] = {
 GROUNDED = ('gk', 'gk_without_ecls')                          # objectives that have the GK module
 PROMPT_MODES = ('none', 'predicted', 'all', 'mixed', 'oracle')
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #960894d8
+# %% ../../nbs/models/25_gk_mvlp.ipynb #f7d66b44
 @dataclass(frozen=True)
 class ModelConfig:
     "Sizes and choices. All but the names of the parts are ours: the paper's reachable text does not state them."
@@ -61,7 +61,8 @@ class ModelConfig:
     max_length: int = 96                          # word pieces of a report
     vocab_size: int = 1000
     dropout: float = .1
-    region_source: str = 'detector'               # 'detector' (paper) or 'vit' (ours)
+    region_source: str = 'detector'               # 'detector' (paper), 'vit' (ours) or 'none': learned queries without a place
+    boxes: str = 'detected'                       # regions: 'detected', or 'true' as annotated (an upper bound)
     detector_dim: int = 64                        # C of the detector's region features
     train_prompts: str = 'mixed'                  # prompt mode in training
     prompts: str = 'predicted'                    # prompt mode at inference
@@ -76,11 +77,18 @@ class ModelConfig:
         def one_of(name, options):
             if getattr(self, name) not in options: raise GKError(f'model.{name} is {getattr(self, name)!r}', f'Use one of: {", ".join(options)}.')
         one_of('objective', OBJECTIVES); one_of('train_prompts', PROMPT_MODES); one_of('prompts', PROMPT_MODES)
-        one_of('pool', ('cls', 'mean')); one_of('region_source', ('detector', 'vit')); one_of('ecls_form', ('softmax', 'sigmoid'))
+        one_of('pool', ('cls', 'mean')); one_of('region_source', ('detector', 'vit', 'none')); one_of('boxes', ('detected', 'true')); one_of('ecls_form', ('softmax', 'sigmoid'))
+        if self.attention_weight and not self.local_layers: raise GKError(f'model.attention_weight {self.attention_weight} with local_layers 0', 'Without local layers there is no attention to supervise.')
         if self.image_size % self.patch_size: raise GKError(f'model.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}', 'Change one of them.')
 
     @property
     def gk(self) -> bool: "Has it the GK module?"; return self.objective in GROUNDED
+
+    @property
+    def prompted(self) -> bool: "Do regions read prompts?"; return self.gk and self.local_layers > 0
+
+    @property
+    def mapped(self) -> bool: "Do prompts lead to patches, so that a finding has a map?"; return self.prompted and self.fused_layers > 0
 
 # %% ../../nbs/models/25_gk_mvlp.ipynb #24edb245
 def prompt_book() -> tuple[list[str], dict[tuple[str, str | None], int]]:
@@ -118,7 +126,7 @@ class GKMVLP(nn.Module):
         if c.gk or 'ecls' in OBJECTIVES[c.objective]: self._add_entities(text)
         if c.gk: self._add_gk(text)
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #3fa02207
+# %% ../../nbs/models/25_gk_mvlp.ipynb #3e283a81
 @patch
 def _tokens(self: GKMVLP, name: str, texts: list[str]) -> None:
     "Keep the tokens of fixed texts as buffers."
@@ -138,7 +146,8 @@ def _add_entities(self: GKMVLP, text) -> None:
 def _add_gk(self: GKMVLP, text) -> None:
     "Knowledge encoder, region encoder and fusion."
     c, D = self.config, self.config.dim
-    self.knowledge_encoder, self.prompt_proj = None if c.share_text else text(), nn.Linear(D, D)
+    self.knowledge_encoder = text() if c.prompted and not c.share_text else None
+    if c.prompted: self.prompt_proj = nn.Linear(D, D)
     self.region_encoder = RegionEncoder(D, c.detector_dim if c.region_source == 'detector' else D, c.region_source)
     self.gk_fusion = GKFusion(D, c.heads, c.local_layers, c.fused_layers, c.dropout)
     self._tokens('prompt', prompt_book()[0])
@@ -172,15 +181,16 @@ def choose_prompts(self: GKMVLP, mode: str, scores: Tensor, # [B, E]
     if oracle is None: raise GKError("prompt mode 'oracle' needs the studies' own entities", 'Use predicted, all or none for pictures without a report.')
     return oracle
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #faa26d37
+# %% ../../nbs/models/25_gk_mvlp.ipynb #43a0dad9
 @patch
 def ground(self: GKMVLP, v: Tensor, # [B, 1+N, D] of the image encoder
            batch: dict, # region_boxes, region_valid, region_features (source 'detector'), oracle_prompts (mode 'oracle')
            mode: str, need_maps: bool = False, shuffle: bool = False) -> dict[str, Tensor]:
-    "z_local, z_fused, entity_scores, prompt_numbers [B, P] and on request the attention maps of `GKFusion`."
+    "z_local, z_fused, entity_scores, prompt_numbers [B, P], region_valid [B, 29] (queries that know no place are all valid) and on request the attention maps of `GKFusion`."
     r = self.region_encoder(batch['region_boxes'], batch['region_valid'], batch.get('region_features'), v[:, 1:])
+    valid = torch.ones_like(batch['region_valid']) if self.config.region_source == 'none' else batch['region_valid']
     scores = self.entity_scores(v[:, 0])
-    numbers = self.choose_prompts(mode, scores, batch.get('oracle_prompts'))
+    numbers = self.choose_prompts(mode if self.config.prompted else 'none', scores, batch.get('oracle_prompts'))
     encoder = self.knowledge_encoder or self.report_encoder
     def encode(u):
         if shuffle: u = torch.where(u < len(ENTITIES), (u + len(ENTITIES) // 2) % len(ENTITIES), u)
@@ -189,14 +199,14 @@ def ground(self: GKMVLP, v: Tensor, # [B, 1+N, D] of the image encoder
         return self.prompt_proj(encoder(ids[:, :n], mask[:, :n])[:, 0])
     if numbers.shape[1]: p, mask = encode_unique(numbers, encode)
     else: p, mask = v.new_zeros(len(v), 0, v.shape[-1]), numbers.bool()
-    return self.gk_fusion(r, p, mask, v[:, 1:], need_maps) | {'entity_scores': scores, 'prompt_numbers': numbers}
+    return self.gk_fusion(r, p, mask, v[:, 1:], need_maps) | {'entity_scores': scores, 'prompt_numbers': numbers, 'region_valid': valid}
 
 @patch
 def memory(self: GKMVLP, v: Tensor, z: dict | None, batch: dict) -> tuple[Tensor, Tensor]:
     "m = [v; z_fused] [B, 1+N+29, D] and its mask; just v without GK."
     seen = torch.ones(v.shape[:2], dtype=torch.bool, device=v.device)
     if z is None: return v, seen
-    return torch.cat([v, z['z_fused'].to(v.dtype)], 1), torch.cat([seen, batch['region_valid']], 1)
+    return torch.cat([v, z['z_fused'].to(v.dtype)], 1), torch.cat([seen, z['region_valid']], 1)
 
 # %% ../../nbs/models/25_gk_mvlp.ipynb #7e03018f
 @patch
@@ -257,20 +267,27 @@ def stated(self: GKMVLP, numbers: Tensor, # [B, P] general prompts
     hit = torch.gather(relations, 2, e[:, None].expand(-1, relations.shape[1], -1)) == 1
     return hit & ((numbers >= 0) & (numbers < relations.shape[-1]))[:, None]
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #76552403
-FEATURES = ('image', 'gk', 'gk_null', 'gk_shuffled', 'roi')
+# %% ../../nbs/models/25_gk_mvlp.ipynb #20b586d0
+FEATURES = ('image', 'gk', 'gk_null', 'gk_predicted', 'gk_all', 'gk_oracle', 'gk_shuffled', 'roi')
+_MODES = {'gk_null': 'none', 'gk_predicted': 'predicted', 'gk_all': 'all', 'gk_oracle': 'oracle'}
 
 @patch
 def features(self: GKMVLP, batch: dict, kind: str = 'image') -> Tensor:
     "[B, F] features of pictures: F = 2D for 'image', 4D for the others."
+    return self.features_of(self.image_encoder(batch['images']), batch, kind)
+
+@patch
+def features_of(self: GKMVLP, v: Tensor, # [B, 1+N, D] of the image encoder
+                batch: dict, kind: str = 'image') -> Tensor:
+    "`features` of pictures that are encoded already."
     if kind not in FEATURES: raise GKError(f'features {kind!r}', f'Use one of: {", ".join(FEATURES)}.')
-    v = self.image_encoder(batch['images'])
-    base = self.image_encoder.summary(v)
+    base, ok = self.image_encoder.summary(v), batch['region_valid'][..., None]
     if kind == 'image': return base
     if kind == 'roi': z = pool_patches(v[:, 1:], batch['region_boxes'])
     elif not self.config.gk: raise GKError(f'features {kind!r} need a model with the GK module, this one has objective {self.config.objective!r}', "Use 'image' or 'roi'.")
-    else: z = self.ground(v, batch, 'none' if kind == 'gk_null' else self.config.prompts, shuffle=kind == 'gk_shuffled')['z_fused']
-    ok = batch['region_valid'][..., None]
+    else:
+        g = self.ground(v, batch, _MODES.get(kind, self.config.prompts), shuffle=kind == 'gk_shuffled')
+        z, ok = g['z_fused'], g['region_valid'][..., None]
     mean = (z * ok).sum(1) / ok.sum(1).clamp(min=1)
     top = torch.where(ok.any(1), z.masked_fill(~ok, -torch.inf).amax(1), 0.)
     return torch.cat([base, mean, top], 1)

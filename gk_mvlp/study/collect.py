@@ -214,7 +214,7 @@ def latex_report(table: pd.DataFrame) -> str:
     "One tabular per data set."
     return '\n\n'.join(wide_table(table, d).to_latex(escape=True, caption=f'{d}: AUROC, mean and 95 % interval.') for d in table['dataset'].unique())
 
-# %% ../../nbs/study/64_collect.ipynb #3f23904e
+# %% ../../nbs/study/64_collect.ipynb #a6b46354
 def _sha(p: Path) -> str: return hashlib.sha256(p.read_bytes()).hexdigest()
 
 def build_manifest(runs: Path, results: Path) -> dict:
@@ -229,8 +229,8 @@ def build_manifest(runs: Path, results: Path) -> dict:
         entries[str(r.relative_to(runs))] = {'notebook': nb['input_path'], 'parameters': nb['parameters'], **c, 'seed': c['settings'].get('seed'), 'commit': env['commit'], 'dirty': env['dirty'], 'seconds': env['seconds'],
                                              'hardware': {k: env[k] for k in ('platform', 'cpus', 'gpu')}, 'metrics_sha256': _sha(r/'metrics.json'),
                                              **({'predictions_sha256': _sha(r/'predictions.parquet')} if (r/'predictions.parquet').is_file() else {})}
-    sources = {k: v for name in ('tables', 'task_tables', 'figures') if (f := runs/name/'sources.json').is_file() for k, v in json.loads(read_text(f)).items()}
-    artefacts = [{'path': str(p.relative_to(results)), 'sha256': _sha(p), 'runs': sources.get(p.stem, [])} for p in sorted(results.rglob('*')) if p.is_file() and p.name != 'manifest.json' and not p.name.startswith('.')]
+    sources = {k: v for name in ('tables', 'task_tables', 'figures', 'study') if (f := runs/name/'sources.json').is_file() for k, v in json.loads(read_text(f)).items()}
+    artefacts = [{'path': str(p.relative_to(results)), 'sha256': _sha(p), 'runs': sources.get(f'{p.parent.name}/{p.stem}') or sources.get(p.stem, [])} for p in sorted(results.rglob('*')) if p.is_file() and p.name != 'manifest.json' and not p.name.startswith('.')]
     for a in artefacts:
         if not a['runs']: raise GKError(f'{results}/{a["path"]}: no run is named as its source', 'Delete it if it is left over from an older version, then call make paper again.')
         unknown = [r for r in a['runs'] if r not in entries]

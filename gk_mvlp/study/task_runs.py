@@ -32,7 +32,7 @@ from ..tasks.vqa import FORMS, QASet, answer_questions, answer_space, fit_vqa
 from ..training.batches import StudySet, load_pictures
 from ..training.trainer import TrainConfig
 
-# %% ../../nbs/study/67_task_runs.ipynb #0fd46068
+# %% ../../nbs/study/67_task_runs.ipynb #cc3a063e
 TASKS = ('zero_shot', 'localization', 'report_generation', 'vqa')
 BASELINE = 'baselines'
 
@@ -52,7 +52,7 @@ class TaskRun:
             y = cover.get(task, lambda: np.zeros((len(train), 1)))()
             self.part['train'] = [train[i] for i in nested_subsets([s.subject_id for s in train], y, {ratio}, seed)[ratio]]
         config = from_params(ModelConfig, settings['model'], 'preset, section model')
-        self.detector = load_detector(detector) if config.region_source == 'detector' else None
+        self.detector, self.true_boxes = load_detector(detector) if detector or config.region_source == 'detector' else None, config.boxes == 'true'
 
     @property
     def size(self) -> int: "Side of the pictures in pixels."; return self.settings['model']['image_size']
@@ -68,9 +68,9 @@ class TaskRun:
 
     def pictures(self, split: str, tokenizer=None, **options) -> StudySet:
         "A split as tensors, augmented for training only."
-        return StudySet(self.part[split], tokenizer, self.size, detector=self.detector, cache_dir=cache_dir(), seed=self.seed, augment_strength=self.strength if split == 'train' else 0., **options)
+        return StudySet(self.part[split], tokenizer, self.size, detector=self.detector, true_boxes=self.true_boxes, cache_dir=cache_dir(), seed=self.seed, augment_strength=self.strength if split == 'train' else 0., **options)
 
-# %% ../../nbs/study/67_task_runs.ipynb #7ba5a4f4
+# %% ../../nbs/study/67_task_runs.ipynb #17f4fee4
 def _maps(r: TaskRun, make: Callable[[str], dict[str, np.ndarray]], # split -> {protocol: maps [N, C, g, g]}
           names: Sequence[str]) -> pd.DataFrame:
     "`map_frame`s of validation and test; empty where no test study has a box."
@@ -98,7 +98,7 @@ def run_zero_shot(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
             for p in zero_shot.PROMPT_SETS: keep(k, p, zero_shot.itc_scores(model, d, names, [p]))
             keep(k, 'ensemble', zero_shot.itc_scores(model, d, names))
             if model.config.gk and not CLASSES.get(r.dataset): keep(k, 'ecls', zero_shot.ecls_scores(model, d, names))
-        maps = lambda k: {'similarity': zero_shot.similarity_maps(model, data[k], found)} | ({'attention': zero_shot.attention_maps(model, data[k], found)} if model.config.gk else {})
+        maps = lambda k: {'similarity': zero_shot.similarity_maps(model, data[k], found)} | ({'attention': zero_shot.attention_maps(model, data[k], found)} if model.config.mapped else {})
     if found: _maps(r, maps, found).to_parquet(run/'maps.parquet', index=False)
     return pd.concat(rows, ignore_index=True)
 
@@ -132,7 +132,7 @@ def run_report_generation(r: TaskRun, config: TrainConfig, run: Path) -> pd.Data
         out.append(report_frame(test, net.write(data['test'], options), method={'gk_null': 'gk-null_prompts', 'gk_shuffled': 'gk-shuffled_prompts'}[kind], protocol='finetune'))
     return pd.concat([*out, near], ignore_index=True)
 
-# %% ../../nbs/study/67_task_runs.ipynb #6b90c62d
+# %% ../../nbs/study/67_task_runs.ipynb #9aa65a49
 def run_vqa(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     "Answers to the questions of the test split, in both forms."
     asked = question_frame(r.part['test'], ['test'])
@@ -141,7 +141,7 @@ def run_vqa(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     space, out = answer_space(train), []
     for form in FORMS:
         model = r.model([f'{q} {a}' for q, a in zip(train['question'], train['answer'], strict=True)])
-        data = {k: QASet(v, model.tokenizer, list(space), r.size, model.config.max_length, detector=r.detector, cache_dir=cache_dir(), seed=r.seed, augment_strength=r.strength if k == 'train' else 0.) for k, v in r.part.items()}
+        data = {k: QASet(v, model.tokenizer, list(space), r.size, model.config.max_length, detector=r.detector, true_boxes=r.true_boxes, cache_dir=cache_dir(), seed=r.seed, augment_strength=r.strength if k == 'train' else 0.) for k, v in r.part.items()}
         net, _ = fit_vqa(model, 'gk' if model.config.gk else 'image', form, data['train'], data['val'], config, run/form)
         out.append(data['test'].frame.assign(prediction=answer_questions(net, data['test']), method=r.method, protocol=form))
     return pd.concat(out, ignore_index=True)
