@@ -50,8 +50,8 @@ readme: $(STAMP) ## write the generated part of README.md from paper_results
 docs: $(STAMP) ## build the documentation site, offline: _docs/index.html
 	@$(BIN)/python scripts/build_docs.py
 
-bench: $(STAMP) ## speed beside yardsticks, on a quiet machine: benchmarks/results
-	@$(BIN)/python benchmarks/pretrain_step.py
+bench: $(STAMP) ## speed beside yardsticks, on a quiet machine: benchmarks/results (BENCH="images phantom": only these)
+	@$(BIN)/python benchmarks/all.py $(BENCH)
 
 tensorboard: $(STAMP) ## loss curves of all runs
 	@$(BIN)/tensorboard --logdir runs
