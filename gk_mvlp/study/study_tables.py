@@ -30,7 +30,7 @@ from .launch import classification_jobs, pretrained, probing_jobs
 from .task_tables import task_values
 from .variants import sweeps, variants
 
-# %% ../../nbs/study/95_study_tables.ipynb #0bbc9ade
+# %% ../../nbs/study/95_study_tables.ipynb #98019864
 @dataclass(frozen=True)
 class Values:
     "A metric of a method in all seeds, on all test data and on every resample."
@@ -60,6 +60,7 @@ def _row(v: Values, task: str) -> dict:
     except UndefinedMetric: out['note'] = 'no value' if np.isnan(out['mean']) else 'too few for an interval'
     return out | {'runs': ' '.join(v.runs)}
 
+# %% ../../nbs/study/95_study_tables.ipynb #b721eeaf
 def difference(a: Values, b: Values, test: bool = True) -> dict:
     "a - b over the seeds both have, on the same resamples: difference with its interval and, for a headline, p; {} where one has no value."
     if a.dataset != b.dataset or a.n != b.n: raise GKError(f'{a.method} and {b.method}: other test data ({a.n} and {b.n} items)', 'Delete runs of older data and call make paper again.')
@@ -120,7 +121,7 @@ def _probe_cell(key: tuple, v: list) -> ProbeCell:
     return ProbeCell(dataset, method, protocol, ratio, first.to_numpy(float), np.stack([x[3].to_numpy(float) for x in v]), v[0][4].to_numpy(), tuple(x[0] for x in v), tuple(x[1] for x in v), {},
                      np.stack([x[5] for x in v]), tuple(first.columns), factor, level)
 
-# %% ../../nbs/study/95_study_tables.ipynb #2acba9da
+# %% ../../nbs/study/95_study_tables.ipynb #0b9f3d63
 def probe_values(cells: Sequence[ProbeCell], n_boot: int = 2500) -> list[Values]: # 1000 resamples give no p below .002: too coarse to correct for 30 tests
     "Macro AUROC of every cell."
     out, weights = [], {}
@@ -131,6 +132,7 @@ def probe_values(cells: Sequence[ProbeCell], n_boot: int = 2500) -> list[Values]
                           c.seeds, c.runs, len(c.y), len(set(c.patients))))
     return out
 
+# %% ../../nbs/study/95_study_tables.ipynb #f1a86800
 SOURCES = {'attention': '', 'shuffled_prompts': 'shuffled_prompts', 'null_prompt': 'null_prompts'}     # scores of relations.parquet, and whose row they are
 MAP_ROWS = {'attention_null': 'null_prompts', 'attention_shuffled': 'shuffled_prompts'}
 
@@ -223,7 +225,7 @@ def grounding_table(values: Sequence[Values], p: Preset, method: str = 'gk') -> 
         rows.append(_row(v, 'grounding') | (difference(v, ref, GROUNDING[v.metric] and control) if ref is not None and (v.method, v.protocol) != (method, own) else {}))
     return corrected(rows)
 
-# %% ../../nbs/study/95_study_tables.ipynb #50a6d707
+# %% ../../nbs/study/95_study_tables.ipynb #32557ba0
 def _swept(values: Sequence[Values], p: Preset, table: str) -> list[Values]:
     "Values of a table's sweeps under their methods' own names; the preset itself is the base level."
     vs, out = variants(p), []
@@ -254,6 +256,7 @@ def robustness_table(values: Sequence[Values], p: Preset, method: str = 'gk') ->
         rows.append(_row(v, 'robustness') | (difference(v, ref, v.method == method) if ref is not None else {}))
     return corrected([*rows, *sweep_rows(values, p, 'robustness')])
 
+# %% ../../nbs/study/95_study_tables.ipynb #f570d332
 def scaling_table(values: Sequence[Values], p: Preset, sizes: dict[str, dict]) -> pd.DataFrame: # of `pretrain_sizes`
     "The sweeps of this table, with the number of pre-training studies and of weights at each level."
     rows, names = [], {(v.base, v.factor, v.level): m for m, v in variants(p).items()}
