@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'BASELINE', 'RUNNERS', 'TaskRun', 'run_zero_shot', 'run_localization', 'run_report_generation', 'run_vqa',
            'run_task', 'run_metrics']
 
-# %% ../../nbs/study/67_task_runs.ipynb #7d6fe12c
+# %% ../../nbs/study/67_task_runs.ipynb #c1f26fb5
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..data.study import Study, nested_subsets, save_subset
 from ..evaluation.detection import detection_frame, detection_metrics
 from ..evaluation.grounding import choose_share, finding_boxes, map_frame, map_metrics, prior_maps
 from ..evaluation.metrics import macro
+from ..evaluation.scorers import add_scores, load_scorer
 from ..evaluation.text import report_frame, report_metrics, stated_entities
 from ..evaluation.vqa import majority_answers, question_frame, vqa_metrics
 from ..models.gk_mvlp import GKMVLP, ModelConfig
@@ -102,7 +103,7 @@ def run_zero_shot(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     if found: _maps(r, maps, found).to_parquet(run/'maps.parquet', index=False)
     return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/study/67_task_runs.ipynb #1c51e033
+# %% ../../nbs/study/67_task_runs.ipynb #557e2e17
 def run_localization(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     "The table of `detection_frame` for the test split, one per method."
     options = from_params(LocalizationConfig, r.settings.get('localization', {}), 'preset, section localization')
@@ -115,12 +116,16 @@ def _pixels(r: TaskRun) -> dict[str, np.ndarray]: return {k: pixel_features(r.pi
 
 def run_report_generation(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     "Reports of the test split."
+    options = from_params(GenerationConfig, r.settings.get('generation', {}), 'preset, section generation')
+    for name in options.scorers: load_scorer(name)                # before an hour of training, not after it
+    return add_scores(_written(r, config, run, options), options.scorers)
+
+def _written(r: TaskRun, config: TrainConfig, run: Path, options: GenerationConfig) -> pd.DataFrame:
     train, test = r.part['train'], r.part['test']
     if r.method == BASELINE:
         x = _pixels(r)
         said = {'constant_normal': [NORMAL_REPORT] * len(test), 'most_frequent': [most_frequent_report(train)] * len(test), 'nearest_neighbour': nearest_reports(x['train'], train, x['test'])}
         return pd.concat([report_frame(test, v, method=k, protocol='baseline') for k, v in said.items()], ignore_index=True)
-    options = from_params(GenerationConfig, r.settings.get('generation', {}), 'preset, section generation')
     model = r.model([s.report for s in train])
     x = {k: model_features(model, r.pictures(k), 'image') for k in ('train', 'test')}
     near = report_frame(test, nearest_reports(x['train'], train, x['test']), method=f'{r.method}-nearest', protocol='nearest')
