@@ -348,7 +348,7 @@ def study_report(table: pd.DataFrame, name: str, about: str) -> str:
     for (d, m), t in table.groupby(['dataset', 'metric'], sort=False): out += [f'## {d}: {m}', '', shown(t).drop(columns='metric').to_markdown(index=False), '']
     tested = table[table['p_holm'].notna()]
     sure = tested[tested['verdict'] != '']
-    lines = [f'- {"" if "attribute" not in table else f"{r.attribute}, {r.group}: "}{r.method}{f", {r.factor} {r.level:g}" if r.factor else ""}: {r.metric} {r.verdict} than {r.reference} by {abs(r.difference):.3f} ({r.difference_low:+.3f} to {r.difference_high:+.3f}), p = {r.p_holm:.3f}' for r in sure.itertuples()]
+    lines = [f'- {"" if "attribute" not in table else f"{r.attribute}, {r.group}: "}{r.method}{f" by {r.protocol}" if r.method == r.reference else ""}{f", {r.factor} {r.level:g}" if r.factor else ""}: {r.metric} {r.verdict} than {r.reference} by {abs(r.difference):.3f} ({r.difference_low:+.3f} to {r.difference_high:+.3f}), p = {r.p_holm:.3f}' for r in sure.itertuples()]
     return '\n'.join([*out, '## What is supported', '', f'{len(sure)} of {len(tested)} tested differences hold at p < .05.' + ('' if lines else ' No claim is supported by this table.'), *lines, ''])
 
 def study_latex(table: pd.DataFrame, name: str) -> str:
