@@ -31,16 +31,15 @@ def ours(objective: str):
     import torch
 
     from gk_mvlp.data.knowledge import ENTITIES
-    from gk_mvlp.models.gk_mvlp import GKMVLP, ModelConfig
+    from gk_mvlp.models.gk_mvlp import GKMVLP, PAPER_SIZE, ModelConfig
     tok = tokenizer()
-    config = ModelConfig(objective=objective, image_encoder='vit_base_patch16_224', image_size=224, patch_size=16, dim=768, heads=12, text_depth=12, encoder_depth=6, decoder_depth=6,
-                         max_length=TOKENS, pool='cls', detector_dim=1024, embed_dim=256)
+    config = ModelConfig(objective=objective, **PAPER_SIZE | dict(image_checkpoint='', text_encoder='', max_length=TOKENS))
     model = GKMVLP(config, tok).train()
     g = torch.Generator().manual_seed(0)
     xy = torch.rand(BATCH, 29, 2, generator=g) * .5
     ids = torch.randint(10, VOCAB, (BATCH, TOKENS), generator=g); ids[:, 0], ids[:, -1] = tok.cls_token_id, tok.sep_token_id
     batch = {'images': torch.randn(BATCH, 1, 224, 224, generator=g), 'input_ids': ids, 'attention_mask': torch.ones_like(ids), 'report_key': torch.arange(BATCH), 'study_key': torch.arange(BATCH),
-             'region_boxes': torch.cat([xy, xy + .3], -1), 'region_valid': torch.ones(BATCH, 29, dtype=torch.bool), 'region_features': torch.randn(BATCH, 29, 1024, generator=g),
+             'region_boxes': torch.cat([xy, xy + .3], -1), 'region_valid': torch.ones(BATCH, 29, dtype=torch.bool), 'region_features': torch.randn(BATCH, 29, config.detector_dim, generator=g),
              'entities': torch.randint(-1, 2, (BATCH, len(ENTITIES)), generator=g).float(), 'relations': torch.zeros(BATCH, 29, len(ENTITIES))}
     return model, lambda: model(batch)['loss']
 
