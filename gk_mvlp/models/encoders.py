@@ -132,11 +132,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     tok.add_special_tokens({k: SPECIAL_TOKENS[k] for k in ('bos_token', 'eos_token') if getattr(tok, k) is None})
     return tok
 
-# %% ../../nbs/models/20_encoders.ipynb #0a5cb85c
-def _load_bert(name: str) -> tuple[nn.Module, LoadReport]:
+# %% ../../nbs/models/20_encoders.ipynb #d0e1d1f6
+def _load_bert(name: str, dropout: float) -> tuple[nn.Module, LoadReport]:
     "A BERT-family model without its pooler from a hub name or folder, and what of it was in the checkpoint."
     options = dict(output_loading_info=True, dtype=torch.float32)
     try:
+        options['config'] = c = AutoConfig.from_pretrained(name)
+        for k, v in {'hidden_dropout_prob': dropout, 'attention_probs_dropout_prob': 0., 'dropout': dropout, 'attention_dropout': 0.}.items():     # BERT's and DistilBERT's names
+            if hasattr(c, k): setattr(c, k, v)
         try: bert, info = AutoModel.from_pretrained(name, add_pooling_layer=False, **options)
         except TypeError: bert, info = AutoModel.from_pretrained(name, **options)    # DistilBERT, ELECTRA: no pooler to leave out
     except Exception as err: raise GKError(f'text encoder {name!r} cannot be loaded ({type(err).__name__}: {" ".join(str(err).split())[:160]})', 'Give a folder in the Hugging Face layout, or a hub name on a machine that reaches the hub.') from err
@@ -162,14 +165,14 @@ class TextEncoder(nn.Module):
         self.pool, self.load_report = pool, None
         if name:
             if bert_config: self.bert = _bert_of(bert_config)
-            else: self.bert, self.load_report = _load_bert(name)
+            else: self.bert, self.load_report = _load_bert(name, dropout)
             if self.bert.config.vocab_size < vocab_size: self.bert.resize_token_embeddings(vocab_size, mean_resizing=False)
             places = getattr(self.bert.config, 'max_position_embeddings', max_length)
             if places < max_length: raise GKError(f'text encoder {name!r} reads {places} word pieces, max_length is {max_length}', 'Lower max_length.')
         else:
             w = width or dim
             self.bert = BertModel(BertConfig(vocab_size=vocab_size, hidden_size=w, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4*w,
-                                             max_position_embeddings=max_length, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout), add_pooling_layer=False)
+                                             max_position_embeddings=max_length, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.), add_pooling_layer=False)
         self.dim = dim
         self.proj = nn.Identity() if self.bert.config.hidden_size == dim else nn.Linear(self.bert.config.hidden_size, dim)
 

@@ -53,7 +53,7 @@ class _Rules:
     @property
     def gk(self) -> bool: "Has it the GK module?"; return self.objective in GROUNDED
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #a22bfdb9
+# %% ../../nbs/models/25_gk_mvlp.ipynb #e7375515
 @dataclass(frozen=True)
 class ModelConfig(_Rules):
     "Sizes and choices. All but the names of the parts are ours: the paper's reachable text does not state them."
@@ -86,12 +86,14 @@ class ModelConfig(_Rules):
     attention_weight: float = 0.                  # supervise attention with region-entity relations (ours)
     label_smoothing: float = .1
     hardness: float = 1.                          # of ITM's negatives: 1 = by similarity (ALBEF, BLIP), 0 = any other report
+    tie_embeddings: bool = False                  # the decoder reads and writes words with the report encoder's embeddings
     share_text: bool = True                       # entity and knowledge encoders share the report encoder's BERT
     freeze_knowledge: bool = False                # they are one frozen copy of the text encoder, apart from the report encoder, and each text is encoded once
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #e5eb15af
+# %% ../../nbs/models/25_gk_mvlp.ipynb #f79383e1
 PAPER_SIZE = dict(image_encoder='vit_base_patch16_224', image_checkpoint='hub', text_encoder='allenai/scibert_scivocab_uncased', pool='cls', image_size=224, patch_size=16, dim=768, heads=12,
-                  text_depth=12, encoder_depth=6, decoder_depth=6, embed_dim=256, max_length=128, detector_dim=2048, freeze_knowledge=True)
+                  text_depth=12, encoder_depth=6, decoder_depth=6, embed_dim=256, max_length=128, detector_dim=2048,
+                  tie_embeddings=True, freeze_knowledge=True)
 
 # %% ../../nbs/models/25_gk_mvlp.ipynb #24edb245
 def prompt_book() -> tuple[list[str], dict[tuple[str, str | None], int]]:
@@ -108,7 +110,7 @@ def prompt_numbers(entities: dict[str, int], relations: dict[tuple[str, str], in
         out += where or [book[name, None]]
     return sorted(set(out))
 
-# %% ../../nbs/models/25_gk_mvlp.ipynb #3b6a9864
+# %% ../../nbs/models/25_gk_mvlp.ipynb #bdd38100
 class GKMVLP(nn.Module, ModelHubMixin):
     "GK-MVLP and its baselines; `config.objective` says which losses, `config.gk` whether the GK module exists."
     def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast,
@@ -128,6 +130,7 @@ class GKMVLP(nn.Module, ModelHubMixin):
         self.image_report_encoder = ImageReportEncoder(D, c.encoder_depth, c.heads, c.dropout)
         self.report_decoder = ReportDecoder(c.vocab_size, D, c.decoder_depth, c.heads, c.max_length, c.dropout,
                                             tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        if c.tie_embeddings: self.report_decoder.tie(self.report_encoder.bert.get_input_embeddings())
         if 'local' in OBJECTIVES[c.objective]: self.patch_proj, self.word_proj = nn.Linear(D, c.embed_dim), nn.Linear(D, c.embed_dim)
         if c.gk or 'ecls' in OBJECTIVES[c.objective]:
             if c.freeze_knowledge: self.frozen_text = FrozenEncoder(text())
