@@ -306,9 +306,9 @@ def features_of(self: GKMVLP, v: Tensor, # [B, 1+N, D] of the image encoder
                 batch: dict, kind: str = 'image') -> Tensor:
     "`features` of pictures that are encoded already."
     if kind not in FEATURES: raise GKError(f'features {kind!r}', f'Use one of: {", ".join(FEATURES)}.')
-    base, ok = self.image_encoder.summary(v), batch['region_valid'][..., None]
-    if kind == 'image': return base
-    if kind == 'roi': z = pool_patches(v[:, 1:], batch['region_boxes'])
+    base = self.image_encoder.summary(v)
+    if kind == 'image': return base                              # needs no regions
+    if kind == 'roi': z, ok = pool_patches(v[:, 1:], batch['region_boxes']), batch['region_valid'][..., None]
     elif not self.config.gk: raise GKError(f'features {kind!r} need a model with the GK module, this one has objective {self.config.objective!r}', "Use 'image' or 'roi'.")
     else:
         g = self.ground(v, batch, _MODES.get(kind, self.config.prompts), shuffle=kind == 'gk_shuffled')
