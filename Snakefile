@@ -44,7 +44,7 @@ rule pretrain:
     params:
         label=lambda w: f"pretrain {w.objective}, seed {w.seed}",
         p=lambda w: given(objective=w.objective, seed=int(w.seed), detector=DETECTOR),
-        settings=json.dumps([P.data, P.model, P.pretrain, P.pretrain_dataset])
+        settings=json.dumps([P.data, P.model, P.pretrain, P.pretrain_dataset, P.dataset_options.get(P.pretrain_dataset)])
     shell: RUN
 
 rule classification:
@@ -53,7 +53,7 @@ rule classification:
     params:
         label=lambda w: f"classification of {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
         p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w)),
-        settings=json.dumps([P.data, P.model, P.finetune])
+        settings=lambda w: json.dumps([P.data, P.model, P.finetune, P.dataset_options.get(w.dataset)])
     shell: RUN
 
 TASK_NOTEBOOKS = {"zero_shot": "73", "localization": "74", "report_generation": "75", "vqa": "76"}
@@ -65,7 +65,7 @@ rule task:
     params:
         label=lambda w: f"{w.task} on {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
         p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w)),
-        settings=json.dumps([P.data, P.model, P.finetune, P.localization, P.generation])
+        settings=lambda w: json.dumps([P.data, P.model, P.finetune, P.localization, P.generation, P.dataset_options.get(w.dataset)])
     shell: RUN
 
 CLASSIFICATION = [f"{RUNS}/classification/{j}/metrics.json" for j in classification_jobs(P)]

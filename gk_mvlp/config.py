@@ -56,7 +56,7 @@ def from_params(cls, # a dataclass
     if missing: raise GKError(f'{where}: parameter {missing[0]!r} is missing', f'Give it as {type_name(known[missing[0]])}.')
     return cls(**params)
 
-# %% ../nbs/01_config.ipynb #bf93b4d9
+# %% ../nbs/01_config.ipynb #5d9f1fac
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "A study: which data, which model, which runs."
@@ -68,6 +68,7 @@ class Preset:
     finetune: dict                               # TrainConfig fields
     pretrain_dataset: str = 'phantom'
     classification: tuple[str, ...] = ('phantom',) # data sets
+    dataset_options: dict[str, dict] = dataclasses.field(default_factory=dict) # data set -> arguments of load_dataset: fractions of its splits, layout, ...
     tasks: dict[str, list] = dataclasses.field(default_factory=dict) # zero_shot, localization, report_generation, vqa: data sets
     task_methods: tuple[str, ...] = ()           # methods in these tasks; empty = methods
     task_ratios: tuple[float, ...] = (100.,)     # per cent of the training patients, for tasks that train

@@ -141,7 +141,7 @@ def qa_study(i, split, *qa): return Study(f'{split}{i}', f'{split}{i}', np.full(
 
 
 def test_answers_come_from_training_alone(tokenizer):
-    train = [qa_study(0, 'train', ('q?', 'The left lung', 'open', 'place'), ('r?', 'yes', 'closed', 'presence'))]; test = [qa_study(1, 'test', ('q?', 'left lung.', 'open', 'place'), ('q?', 'spleen', 'open', 'place'))]
+    train = [qa_study(0, 'train', ('q?', 'The left lung', 'open', 'place'), ('r?', 'yes', 'closed', 'presence'))]; test = [qa_study(1, 'test', ('q?', 'left lung.', 'open', 'place')), qa_study(2, 'test', ('q?', 'spleen', 'open', 'place'))]
     space = V.answer_space(question_frame(train)); assert space == {'left lung': 'The left lung', 'yes': 'yes'}
     data = V.QASet(test, tokenizer, list(space), 32, 16); assert data[[0, 1]]['answer'].tolist() == [0, -1]
     model = GKMVLP(ModelConfig(image_size=32, objective='itc_itm_lm', **SMALL), tokenizer); net = V.VQAModel(model, 'image', 'classification', list(space))
@@ -150,15 +150,30 @@ def test_answers_come_from_training_alone(tokenizer):
 
 
 def test_each_question_gets_its_own_picture(phantoms, tokenizer):
-    data = V.QASet(phantoms[:5], tokenizer, ['yes', 'no'], 64, 24); ids = data.frame['study_id']
-    own = {s.study_id: i for i, s in enumerate(phantoms[:5])}; k = list(range(len(data)))
-    assert torch.equal(data[k]['images'], data.pictures[[own[s] for s in ids]]['images'])
+    studies = [replace(s, qa=s.qa[:n]) for s, n in zip(phantoms, (2, 0, 3, 1), strict=False)]
+    data = V.QASet(studies, tokenizer, ['yes', 'no'], 64, 24); b = data[[2, 0]]
+    own = {s.study_id: i for i, s in enumerate(s for s in studies if s.qa)}
+    assert len(data) == 3 and len(data.frame) == 6, 'a study without questions is left out'
+    assert b['asked'].tolist() == [0, 1, 1] and torch.equal(b['images'], data.pictures[[2, 0]]['images'])
+    rows = [i for k in (2, 0) for i in data.frame.index[data.frame['study_id'].map(own) == k]]
+    words = tokenizer.batch_decode(b['question_ids'], skip_special_tokens=True)
+    assert words == tokenizer.batch_decode(tokenizer(data.frame['question'][rows].tolist(), truncation=True, max_length=24)['input_ids'], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize('form', V.FORMS)
+def test_loss_of_a_batch_is_the_mean_over_its_questions(phantoms, tokenizer, form):
+    data = V.QASet(phantoms[:4], tokenizer, ['yes', 'no', 'left', 'right'], 64, 24); torch.manual_seed(0)
+    net = V.VQAModel(new_model(tokenizer), 'gk', form, data.answers).eval()
+    with torch.no_grad():
+        one = [(net(b)['loss'], int((b['answer'] >= 0).sum()) if form == 'classification' else int(b['answer_mask'][:, 1:].sum())) for b in (data[[i]] for i in range(4))]
+        whole = float(net(data[range(4)])['loss'])
+    assert whole == pytest.approx(float(sum(l * n for l, n in one) / sum(n for _, n in one)), rel=1e-4)
 
 
 @pytest.mark.parametrize('form', V.FORMS)
 def test_answers_do_not_depend_on_the_batch(phantoms, tokenizer, form):
     data = V.QASet(phantoms[:5], tokenizer, ['yes', 'no', 'left'], 64, 24); torch.manual_seed(0); net = V.VQAModel(new_model(tokenizer), 'gk', form, data.answers)
-    assert V.answer_questions(net, data) == V.answer_questions(net, data, batch_size=1) and len(V.answer_questions(net, data)) == len(data)
+    assert V.answer_questions(net, data) == V.answer_questions(net, data, batch_size=1) and len(V.answer_questions(net, data)) == len(data.frame)
 
 
 def test_vqa_refuses(tokenizer):

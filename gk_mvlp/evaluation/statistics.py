@@ -219,27 +219,30 @@ def aggregate_seeds(metric_fn: Callable[..., float], # metric_fn(y, s)
     low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(np.mean(per_seed)), float(low), float(high), level, n_boot, lost, sampler.n, n_seeds, per_seed)
 
-# %% ../../nbs/evaluation/51_statistics.ipynb #1a57a000
-def _by_score(y: np.ndarray, s: np.ndarray, weights: np.ndarray, sign: int) -> tuple[np.ndarray, np.ndarray]:
-    "Weights [B, K] of positives and of negatives at each different score, by falling (sign -1) or rising score."
-    order = np.argsort(sign * s, kind='stable')
-    starts = np.flatnonzero(np.r_[True, np.diff(s[order]) != 0])
-    return tuple(np.add.reduceat(weights[:, order] * k, starts, axis=1) for k in (y[order] == 1, y[order] == 0))
+# %% ../../nbs/evaluation/51_statistics.ipynb #93c0b872
+def _up_to(s: np.ndarray, weights: np.ndarray, at: np.ndarray # [N], [B, N], [K]
+           ) -> tuple[np.ndarray, np.ndarray]: # [B, K] each
+    "Weight of the studies whose score is below, and of those whose score is not above, each of `at`."
+    order = np.argsort(s, kind='stable'); total = np.zeros((len(weights), len(s) + 1))
+    np.cumsum(weights[:, order], 1, out=total[:, 1:])
+    return tuple(total[:, np.searchsorted(s[order], at, side)] for side in ('left', 'right'))
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray: "a / b, NaN where b is 0."; return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=b > 0)
 
 def weighted_auroc(y: np.ndarray, s: np.ndarray, weights: np.ndarray # [N] in {0, 1}, [N], [B, N]
                    ) -> np.ndarray: # [B]; NaN where a resample lacks one class
     "AUROC of each weighting, ties counted half."
-    pos, neg = _by_score(y, s, weights, 1)
-    return _ratio((pos * (np.cumsum(neg, 1) - neg / 2)).sum(1), pos.sum(1) * neg.sum(1))
+    pos, neg = weights[:, y == 1], weights[:, y == 0]
+    below, up_to = _up_to(s[y == 0], neg, s[y == 1])
+    return _ratio((pos * (below + up_to)).sum(1) / 2, pos.sum(1) * neg.sum(1))
 
 def weighted_auprc(y: np.ndarray, s: np.ndarray, weights: np.ndarray) -> np.ndarray: # [B]; NaN where a resample lacks one class
     "Average precision of each weighting."
-    pos, neg = _by_score(y, s, weights, -1)
-    tp, fp = np.cumsum(pos, 1), np.cumsum(neg, 1)
-    out = _ratio((pos * np.divide(tp, tp + fp, out=np.zeros_like(tp), where=pos > 0)).sum(1), tp[:, -1])
-    return np.where(fp[:, -1] > 0, out, np.nan)
+    pos, neg, at = weights[:, y == 1], weights[:, y == 0], s[y == 1]
+    n1, n0 = pos.sum(1), neg.sum(1)
+    tp, fp = n1[:, None] - _up_to(at, pos, at)[0], n0[:, None] - _up_to(s[y == 0], neg, at)[0]
+    out = _ratio((pos * np.divide(tp, tp + fp, out=np.zeros_like(tp), where=pos > 0)).sum(1), n1)
+    return np.where(n0 > 0, out, np.nan)
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray # [N], [B, N]
                   ) -> np.ndarray: # [B]
@@ -259,7 +262,7 @@ def weighted_ece(y: np.ndarray, p: np.ndarray, weights: np.ndarray, n_bins: int 
     gap = np.stack([weights[:, b == k] @ (y - p)[b == k] for k in np.unique(b)])
     return _ratio(np.abs(gap).sum(0), weights.sum(1))
 
-# %% ../../nbs/evaluation/51_statistics.ipynb #7c33f229
+# %% ../../nbs/evaluation/51_statistics.ipynb #6195ae0a
 WEIGHTED = ('auroc', 'auprc', 'f1', 'accuracy', 'brier', 'ece')
 
 def macro_weighted(metric: str, # one of `WEIGHTED`
@@ -274,7 +277,7 @@ def macro_weighted(metric: str, # one of `WEIGHTED`
     for c in range(y.shape[1]):
         k = ~np.isnan(y[:, c])
         if len(np.unique(y[k, c])) < 2: continue
-        yc, sc = check_binary(y[k, c], s[k, c]); w = weights[:, k]
+        yc, sc = check_binary(y[k, c], s[k, c]); w = weights if k.all() else weights[:, k]
         if metric in ('f1', 'accuracy'):
             if np.isnan(thresholds[c]): continue
             hit = sc >= thresholds[c]

@@ -80,7 +80,7 @@ def resample(cell: Cell, weights: np.ndarray, picks: np.ndarray, # [B, N], [B, K
 
 METRICS = ('auroc', 'auprc', 'f1', 'accuracy', 'brier', 'ece')
 
-# %% ../../nbs/study/64_collect.ipynb #f775336d
+# %% ../../nbs/study/64_collect.ipynb #8fce9219
 def classification_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFrame:
     "Long table, one row per (data set, method, ratio, protocol, metric of `METRICS`): task, dataset, method, ratio, metric, mean, low, high, seeds, n, and what it rests on."
     rows = []
@@ -91,12 +91,13 @@ def classification_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFr
             except UndefinedMetric:                             # validation has one value of every class: no threshold; AUROC must exist
                 if m not in ('f1', 'accuracy'): raise
                 continue
-            low, high = percentile_interval(boot, f'{c.dataset}, {c.method}, {c.ratio:g} %, {m}')
+            try: low, high = percentile_interval(boot, f'{c.dataset}, {c.method}, {c.ratio:g} %, {m}')
+            except UndefinedMetric: low = high = np.nan         # too few patients with the finding: the number stands alone
             rows.append({'task': 'classification', 'dataset': c.dataset, 'method': c.method, 'ratio': c.ratio, 'metric': m, 'mean': mean, 'low': low, 'high': high, 'seeds': len(c.seeds),
                          'n': len(c.y), 'protocol': c.protocol, 'n_patients': len(set(c.patients)), 'n_positive': int(np.nansum(c.y == 1)), **c.sizes, 'classes': classes, 'runs': ' '.join(c.runs)})
     return pd.DataFrame(rows).sort_values(['dataset', 'protocol', 'metric', 'method', 'ratio'], ignore_index=True)
 
-# %% ../../nbs/study/64_collect.ipynb #97e14b8d
+# %% ../../nbs/study/64_collect.ipynb #751f5290
 def class_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFrame:
     "AUROC and AUPRC of every class, with its positives; a class without both values in the test split has a row without a number."
     rows = []
@@ -130,7 +131,8 @@ def comparison_table(cells: Sequence[Cell], method: str = 'gk', n_boot: int = 25
             if other.seeds != c.seeds or not np.array_equal(other.patients, c.patients): raise GKError(f'{d}, {ref}: other seeds or studies than {method}', 'Run both with the same preset.')
             base, boot2, _ = resample(other, w, picks)
             diff = boot - boot2
-            low, high = percentile_interval(diff, f'{d}, {method} - {ref}')
+            try: low, high = percentile_interval(diff, f'{d}, {method} - {ref}')
+            except UndefinedMetric: continue                    # without intervals no comparison; the table's text says so
             rows.append({'task': 'classification', 'dataset': d, 'protocol': p, 'ratio': r, 'method': method, 'reference': ref, 'difference': mean - base, 'low': low, 'high': high, 'p': bootstrap_p(diff), 'seeds': len(c.seeds), 'n': len(c.y)})
     table = pd.DataFrame(rows)
     if len(table): table['p_holm'] = holm(table['p'].tolist())
@@ -153,7 +155,7 @@ def detector_table(run: Path) -> pd.DataFrame:
             rows.append({'task': 'detector', 'dataset': 'covid_chestxray', 'method': method, 'ratio': np.nan, 'metric': 'lung_iou', 'mean': f[column].mean(), 'low': np.quantile(b, .025), 'high': np.quantile(b, .975), 'seeds': 1, 'n': int(f['study_id'].nunique()), 'interval': 'over patients'})
     return pd.DataFrame(rows).assign(runs=run.name)
 
-# %% ../../nbs/study/64_collect.ipynb #9ff3c0fe
+# %% ../../nbs/study/64_collect.ipynb #99d70603
 ORDER = ('constant', 'pixels', 'scratch', 'itc', 'itc_local', 'itc_itm_lm', 'itc_itm_lm-roi_pool', 'itc_itm_lm_ecls', 'gk', 'gk-without_ecls', 'gk-image_only', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts')
 METRIC_NAMES = {'auprc': 'AUPRC', 'f1': 'F1 at validation thresholds', 'accuracy': 'accuracy at validation thresholds', 'brier': 'Brier score (lower is better)', 'ece': 'expected calibration error (lower is better)'}
 PROTOCOLS = {'linear_probe': 'linear probe', 'finetune': 'fine-tuned'}
@@ -161,7 +163,7 @@ PROTOCOLS = {'linear_probe': 'linear probe', 'finetune': 'fine-tuned'}
 def wide_table(table: pd.DataFrame, dataset: str, metric: str = 'auroc') -> pd.DataFrame:
     "Method x (protocol, ratio) of 'mean (low to high)' for one data set and metric."
     t = table[(table['dataset'] == dataset) & (table['metric'] == metric)].copy()
-    t['cell'] = [f'{m:.3f} ({lo:.3f} to {hi:.3f})' for m, lo, hi in zip(t['mean'], t['low'], t['high'], strict=True)]
+    t['cell'] = [f'{m:.3f}' + ('' if np.isnan(lo) else f' ({lo:.3f} to {hi:.3f})') for m, lo, hi in zip(t['mean'], t['low'], t['high'], strict=True)]
     t['column'] = [f'{PROTOCOLS.get(p, p)}, {r:g} %' for p, r in zip(t['protocol'], t['ratio'], strict=True)]
     columns = [f'{v}, {r:g} %' for k, v in PROTOCOLS.items() for r in sorted(t.loc[t['protocol'] == k, 'ratio'].unique())]
     w = t.pivot(index='method', columns='column', values='cell')[columns].fillna('')
@@ -173,14 +175,16 @@ def published(task: str, dataset: str) -> pd.DataFrame:
     if not path.is_file(): return pd.DataFrame()
     return pd.read_csv(path).query('dataset == @dataset')
 
-# %% ../../nbs/study/64_collect.ipynb #6963402f
+# %% ../../nbs/study/64_collect.ipynb #8127629f
 def sizes_sentence(table: pd.DataFrame, dataset: str) -> str:
     "How many studies the numbers of a data set rest on, and how wide their intervals are."
     t = table[(table['dataset'] == dataset) & (table['metric'] == 'auroc')]
     train = ', '.join(f'{int(g["n_train"].iloc[0])} at {r:g} %' for r, g in t.groupby('ratio'))
     width = (t['high'] - t['low']).median()
+    if np.isnan(width): spread = 'Too few test patients have the finding for an interval or a comparison: the numbers are no evidence.'
+    else: spread = f'Median width of the 95 % intervals: {width:.3f}' + (' - wide: differences smaller than this are not evidence.' if width > .05 else '.')
     return (f'Studies: training {train}; validation {t["n_val"].iloc[0]}; test {t["n"].iloc[0]} of {t["n_patients"].iloc[0]} patients with {t["n_positive"].iloc[0]} positive labels in {t["classes"].iloc[0]} class(es). '
-            f'{int(t["seeds"].max())} seed(s). Median width of the 95 % intervals: {width:.3f}' + (' - wide: differences smaller than this are not evidence.' if width > .05 else '.'))
+            f'{int(t["seeds"].max())} seed(s). {spread}')
 
 def comparison_sentences(comparisons: pd.DataFrame) -> str:
     "What the corrected paired tests support, in words."

@@ -75,14 +75,15 @@ class ReportGenerator(nn.Module):
             out += [t.strip() for t in self.model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
         return out
 
-# %% ../../nbs/tasks/43_report_generation.ipynb #efd31de1
+# %% ../../nbs/tasks/43_report_generation.ipynb #586fdf4b
 @torch.no_grad()
 def mean_loss(net: nn.Module, data, batch_size: int = 64) -> float:
-    "Mean over the samples of `net(batch)['loss']`, without augmentation."
-    n = len(data)
-    losses = run_batches(data, lambda b: net({k: v.to(next(net.parameters()).device) for k, v in b.items()})['loss'].float().cpu().view(1), batch_size)
-    sizes = torch.tensor([min(batch_size, n - i) for i in range(0, n, batch_size)], dtype=torch.float)
-    return float((losses * sizes).sum() / n)
+    "Mean over the samples (reports, or questions) of `net(batch)['loss']`, without augmentation."
+    def step(b):
+        loss = net({k: v.to(next(net.parameters()).device) for k, v in b.items()})['loss']
+        return torch.tensor([[float(loss), len(b.get('asked', b['images']))]])
+    loss, n = run_batches(data, step, batch_size).T
+    return float((loss * n).sum() / n.sum())
 
 def fit_reports(model: GKMVLP, kind: str, train: StudySet, val: StudySet, # both with a tokenizer
                 config: TrainConfig, run_dir: str | Path, quiet: bool = False) -> tuple[ReportGenerator, pd.DataFrame]:

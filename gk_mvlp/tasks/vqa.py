@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FORMS', 'answer_space', 'QASet', 'VQAModel', 'answer_questions', 'fit_vqa']
 
-# %% ../../nbs/tasks/44_vqa.ipynb #48bda8f4
+# %% ../../nbs/tasks/44_vqa.ipynb #48f29bd0
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,7 @@ from .report_generation import GenerationConfig, mean_loss, visual_memory
 from ..training.batches import StudySet
 from ..training.trainer import TrainConfig, Trainer
 
-# %% ../../nbs/tasks/44_vqa.ipynb #b26f063e
+# %% ../../nbs/tasks/44_vqa.ipynb #e46f6822
 def answer_space(train: pd.DataFrame # of `question_frame`
                  ) -> dict[str, str]:
     "{normalised answer: answer as it is first written} of the training split, in the order of first use."
@@ -33,15 +34,14 @@ def answer_space(train: pd.DataFrame # of `question_frame`
     return out
 
 class QASet(Dataset):
-    "Questions of studies as tensors; `data[list of indices]` is a batch. `frame` has one row per sample."
+    "Pictures that have questions, as tensors; `data[list of indices]` is a batch of pictures with all their questions. `frame` has one row per question, in the order of the pictures."
     def __init__(self, studies: Sequence[Study], # of one split
                  tokenizer, answers: Sequence[str], # normalised, in the order of their class numbers
                  image_size: int = 64, max_length: int = 48, **pictures): # the rest goes to `StudySet`
         asked = [s for s in studies if s.qa]
         self.frame = question_frame(asked, sorted({s.split for s in asked}))
         self.pictures, self.answers = StudySet(asked, None, image_size, **pictures), list(answers)
-        at = {s.study_id: i for i, s in enumerate(asked)}
-        self.picture = torch.tensor([at[s] for s in self.frame['study_id']])
+        self.first = torch.tensor([0, *(len(s.qa) for s in asked)]).cumsum(0) # questions of picture i: first[i] to first[i + 1]
         encode = lambda texts: tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors='pt')
         q, a = encode(self.frame['question']), encode(self.frame['answer'].map(normalize_answer))
         number = {n: i for i, n in enumerate(self.answers)}
@@ -53,15 +53,20 @@ class QASet(Dataset):
     @strength.setter
     def strength(self, value: float) -> None: self.pictures.strength = value
     def set_epoch(self, epoch: int) -> None: "Other augmentations in every epoch."; self.pictures.set_epoch(epoch)
-    def __len__(self) -> int: return len(self.frame)
+    def __len__(self) -> int: return len(self.pictures)
 
     def __getitem__(self, index: Sequence[int]) -> dict[str, Tensor]:
-        "The picture's fields of `StudySet`; question_ids, question_mask, answer_ids, answer_mask [B, T]; answer [B], -1 = not in the answer space."
+        "Fields of `StudySet` [B, ...]; of the Q questions asked [Q], the row of the picture; question_ids, question_mask, answer_ids, answer_mask [Q, T]; answer [Q], -1 = not in the answer space."
         i = torch.as_tensor(index).reshape(-1)
-        return self.pictures[self.picture[i]] | {k: v[i] for k, v in self.fields.items()}
+        rows = [torch.arange(self.first[k], self.first[k + 1]) for k in i]
+        b = {k: v[torch.cat(rows)] for k, v in self.fields.items()}
+        for k in ('question', 'answer'):                        # cut to the longest of the batch
+            n = int(b[f'{k}_mask'].sum(1).max())
+            b |= {f'{k}_{x}': b[f'{k}_{x}'][:, :n] for x in ('ids', 'mask')}
+        return self.pictures[i] | b | {'asked': torch.repeat_interleave(torch.arange(len(i)), torch.tensor([len(r) for r in rows]))}
     __getitems__ = __getitem__
 
-# %% ../../nbs/tasks/44_vqa.ipynb #f3408e38
+# %% ../../nbs/tasks/44_vqa.ipynb #b3152986
 FORMS = ('classification', 'generation')
 
 class VQAModel(nn.Module):
@@ -75,11 +80,12 @@ class VQAModel(nn.Module):
             self.norm, self.head = nn.LayerNorm(model.config.dim), nn.Linear(model.config.dim, len(self.answers))
 
     def encode(self, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        "Question that has seen the picture [B, T, D], its mask, the visual memory [B, S, D], its mask."
+        "Question that has seen the picture [Q, T, D] and its mask; the question's visual memory [Q, S, D] and its mask."
         m, seen = visual_memory(self.model, batch, self.kind)
-        mask = batch['question_mask'].bool()
+        mask, at = batch['question_mask'].bool(), batch['asked']
         q = self.model.report_encoder(batch['question_ids'], batch['question_mask'])
-        return self.model.image_report_encoder(q, mask, self.model.image_report_encoder.project(m), seen)[0], mask, m, seen
+        q = self.model.image_report_encoder(q, mask, self.model.image_report_encoder.project(m), seen, picture=at, first=self.form == 'classification')[0]
+        return q, mask, m[at], seen[at]
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         "`loss`: cross-entropy over answers (unknown ones give none), or over the words of the answer."
@@ -91,10 +97,10 @@ class VQAModel(nn.Module):
         logits = self.model.report_decoder(d, batch['answer_mask'], torch.cat([m, q], 1), torch.cat([seen, mask], 1))
         return {'loss': lm_loss(logits, d, batch['answer_mask'], 0.)}
 
-# %% ../../nbs/tasks/44_vqa.ipynb #03a909a2
+# %% ../../nbs/tasks/44_vqa.ipynb #6367d87b
 @torch.no_grad()
-def answer_questions(net: VQAModel, data: QASet, config: GenerationConfig = GenerationConfig(beams=1, max_new_tokens=12), batch_size: int = 64) -> list[str]:
-    "An answer for each question."
+def answer_questions(net: VQAModel, data: QASet, config: GenerationConfig = GenerationConfig(beams=1, max_new_tokens=12), batch_size: int = 32) -> list[str]:
+    "An answer for each question, in the order of `data.frame`; `batch_size` counts pictures."
     net.eval()
     device, out = net.model.logit_scale.device, []
     strength, data.strength = data.strength, 0.
@@ -113,6 +119,7 @@ def fit_vqa(model: GKMVLP, kind: str, form: str, train: QASet, val: QASet, confi
     "(fine-tuned model, history); the epoch with the best validation accuracy (classification) or cross-entropy (generation). Resumes from run_dir/last.ckpt."
     torch.manual_seed(config.seed)
     net = VQAModel(model, kind, form, train.answers)
+    config = replace(config, batch_size=max(1, round(config.batch_size * len(train) / len(train.frame)))) # batch_size of the settings counts questions
     if form == 'classification':
         best = dict(evaluate=lambda _: {'val_accuracy': float(vqa_metrics(val.frame.assign(prediction=answer_questions(net, val)))['accuracy'][0])}, monitor='val_accuracy', mode='max')
     else: best = dict(evaluate=lambda _: {'val_loss': mean_loss(net, val)}, monitor='val_loss', mode='min')
