@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from ..config import Preset
 from ..data.knowledge import ENTITY_NAMES, extract_entities
 from ..evaluation.text import stated_entities
+from .collect import PROTOCOLS
 from .experiments import load_studies
 from .figures import METHOD_COLOURS, save_figure, show_picture
 from .launch import task_jobs
@@ -37,7 +38,7 @@ def plot_forest(table: pd.DataFrame, # label, difference, low, high, and bool su
         ax.plot(r.difference, i, 'o', ms=4, color=c, mfc=c if r.sure else 'white')
     ax.axvline(0, color='black', lw=.6)
     ax.set(yticks=range(len(table)), ylim=(len(table) - .4, -.6), xlabel=xlabel)
-    ax.set_yticklabels(table['label'], fontsize=7); ax.set_title(title, fontsize=9); ax.tick_params(axis='x', labelsize=7); ax.xaxis.label.set_size(8)
+    ax.set_yticklabels(table['label'], fontsize=7); ax.set_title(title, fontsize=9); ax.tick_params(axis='x', labelsize=7); ax.xaxis.label.set_size(8); ax.locator_params(axis='x', nbins=5)
     sns.despine(ax=ax, left=True)
     return ax
 
@@ -141,6 +142,12 @@ class StudyFigures:
             if (fig := make()) is not None: yield fig
 
 # %% ../../nbs/study/96_study_figures.ipynb #f0c94a5d
+_TITLES = {'auroc': 'AUROC', 'grounding_auroc': 'AUROC of grounding', 'bleu_4': 'BLEU-4', 'map_40_75': 'mAP', 'cnr': 'CNR', 'pointing': 'pointing game', 'clinical_f1': 'clinical F1', 'vqa': 'VQA'}
+
+def _title(task: str, dataset: str, protocol: str, metric: str) -> str:
+    name = lambda s: _TITLES.get(s, PROTOCOLS.get(s, s.replace('_', ' ')))
+    return ', '.join(name(s) for s in (task, dataset, protocol, metric) if s)
+
 def _forests(panels: dict[str, pd.DataFrame], xlabel: str, columns: int = 3) -> plt.Figure: # title: table of `plot_forest`
     "Panels in rows of three, each row as high as its longest table."
     rows = [list(panels.items())[i:i + columns] for i in range(0, len(panels), columns)]
@@ -157,7 +164,7 @@ def forest(self: StudyFigures) -> plt.Figure | None:
     t = pd.concat([f.assign(metric=f['metric'] if 'metric' in f else 'auroc') for f in (main, tasks) if len(f)], ignore_index=True) if len(main) or len(tasks) else main
     if not len(t): return None
     t = t.assign(label=[f'{r.reference}' + (f', {r.ratio:g} %' if r.ratio == r.ratio else '') for r in t.itertuples()], sure=t['p_holm'] < .05)
-    panels = {f'{a}: {d}, {q}, {m}'.replace('_', ' '): g for (a, d, q, m), g in t.groupby(['task', 'dataset', 'protocol', 'metric'], sort=False)}
+    panels = {_title(a, d, q, m): g for (a, d, q, m), g in t.groupby(['task', 'dataset', 'protocol', 'metric'], sort=False)}
     fig = _forests(panels, 'gk minus reference')
     jobs = [f'classification/{p.name}' for p in sorted((self.runs/'classification').glob('*')) if p.name.split('-r')[0].split('-', 1)[-1] in (*self.p.methods,)] + [j for j in task_jobs(self.p)]
     return self.save(fig, 'forest', jobs)
@@ -170,7 +177,7 @@ def ablations(self: StudyFigures) -> plt.Figure | None:
     t = t[t['difference'].notna() & ((t['protocol'] != 'linear_probe') | (t['ratio'] == max(self.p.ratios))) & t['metric'].isin(['auroc', 'grounding_auroc', 'pointing', 'clinical_f1'])]
     t = t[t['protocol'] != 'similarity'].assign(label=lambda f: f['method'], low=lambda f: f['difference_low'], high=lambda f: f['difference_high'], sure=lambda f: f['p_holm'] < .05)
     if not len(t): return None
-    panels = {f'{d}: {m}, {q}'.replace('_', ' '): g for (d, m, q), g in t.groupby(['dataset', 'metric', 'protocol'], sort=False)}
+    panels = {_title('', d, q, m): g for (d, m, q), g in t.groupby(['dataset', 'metric', 'protocol'], sort=False)}
     return self.save(_forests(panels, 'minus gk'), 'ablations', t['runs'])
 
 # %% ../../nbs/study/96_study_figures.ipynb #2ffee947

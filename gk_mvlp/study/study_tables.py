@@ -22,7 +22,7 @@ from ..config import Preset
 from ..evaluation.metrics import UndefinedMetric
 from ..evaluation.relations import RELATION_METRICS, relation_metrics
 from ..evaluation.statistics import bootstrap_p, class_thresholds, holm, macro_weighted, patient_weights, percentile_interval, seed_interval, seed_mean, seed_picks, with_whole
-from ..evaluation.subgroups import ATTRIBUTES, frequency_masks, gap_and_worst, group_values, patient_masks, size_masks
+from ..evaluation.subgroups import AGE_BANDS, ATTRIBUTES, frequency_masks, gap_and_worst, group_values, patient_masks, size_masks
 from ..evaluation.text import report_metrics
 from ..paths import GKError, read_text
 from .collect import Cell, load_cells, write_table
@@ -294,6 +294,9 @@ def subgroup_values(cell: Cell, masks: dict, n_boot: int = 2500) -> list[tuple[s
                             np.stack([v[g] for v in named]), cell.seeds, cell.runs, int(inside.sum()), len(set(cell.patients[inside])))))
     return out
 
+def _place(group: str) -> str: # ages by years and not by letters; gap and worst last
+    return f'{AGE_BANDS.index(group)}' if group in AGE_BANDS else '~' * (group in ('gap', 'worst')) + group
+
 def _others(at: dict, attribute: str, group: str, key: tuple) -> Values | None:
     rest = [v for (a, g, k), v in at.items() if a == attribute and k == key and g not in (group, 'gap', 'worst')]
     return replace(rest[0], method='mean of the other groups', values=np.mean([v.values for v in rest], 0)) if rest else None
@@ -320,7 +323,8 @@ def subgroup_table(cells: Sequence[Cell], files: dict[str, tuple], # data set: (
         if extra and v.factor: extra['reference'] = f'{v.method}, no shift'
         rows.append(_row(v, 'subgroups') | extra | {'attribute': a, 'group': g, 'classes': classes})
     t = corrected(rows)
-    return t.sort_values(['dataset', 'attribute', 'metric', 'method', 'factor', 'group'], ignore_index=True, kind='stable') if len(t) else t
+    place = lambda c: c.map(_place) if c.name == 'group' else c
+    return t.sort_values(['dataset', 'attribute', 'metric', 'method', 'factor', 'group'], ignore_index=True, kind='stable', key=place) if len(t) else t
 
 def subgroup_files(folder: Path, labels: Sequence[str]) -> tuple:
     "(groups, areas, training prevalence of each label, test ids) from a probing run."
