@@ -14,7 +14,7 @@ from gk_mvlp.data import file_index
 from gk_mvlp.data.anatomy import REGIONS
 from gk_mvlp.data.chexpert import CHEXPERT_FINDINGS
 from gk_mvlp.data.file_index import audit_index, index_files
-from gk_mvlp.data.mimic_cxr import IMAGENOME_TO_ENTITY, SCENE_COLUMNS, clip_boxes, facts_to_entities, load_mimic_cxr, parse_scene_graph, split_sections
+from gk_mvlp.data.mimic_cxr import IMAGENOME_TO_ENTITY, SCENE_COLUMNS, clip_boxes, facts_to_entities, load_imagenome_gold, load_mimic_cxr, parse_scene_graph, split_sections
 from gk_mvlp.data.registry import load_dataset
 from gk_mvlp.data.study import validate
 from gk_mvlp.paths import GKError
@@ -213,3 +213,39 @@ def test_dangling_link_and_empty_folder(root):
 @pytest.mark.parametrize('kw,says', [({'split_from': 'mine'}, 'split_from'), ({'uncertain': 'x'}, 'uncertain'), ({'sections': ('wet read',)}, 'no study with a report')])
 def test_wrong_options(root, kw, says):
     with pytest.raises(GKError, match=says): load_mimic_cxr(root, workers=1, **kw)
+
+# --- the gold set ---
+BOX_HEAD = 'image_id,x1,y1,x2,y2,width,height,bbox_name,annot_id,original_x1,original_x2,original_y1,original_y2,original_width,original_height,annotator,coord224,coord_original'
+FACT_HEAD = 'row_id\tpatient_id\tstudy_id\timage_id\tbbox\trelation\tlabel_name\tcontext\tsentence\tcategoryID\tcoord_original'
+
+def gold(root, boxes=None, facts=None):
+    d = root/'chest_imagenome/gold_dataset'; d.mkdir(exist_ok=True)
+    boxes = boxes if boxes is not None else [(5, 'Left Lung', 200, 50, 390, 450), (5, 'svc', 190, -20, 210, 100), (5, 'spine', 500, 0, 600, 100), (5, 'svc', 0, 0, 9, 9), (7, 'right lung', 10, 50, 190, 450), (99, 'trachea', 1, 1, 9, 9)]
+    facts = facts if facts is not None else [(5, 'left lung', 'Lung Opacity', 'yes', 'anatomicalfinding'), (5, 'left lung', 'pneumothorax', 'no', 'anatomicalfinding'), (5, 'left lung', 'abnormal', 'yes', 'nlp'), (5, 'left lung', 'lung opacity', 'yes', 'anatomicalfinding'),
+                                             (5, 'unknown', 'pneumonia', 'yes', 'disease')]
+    (d/'gold_bbox_coordinate_annotations_1000images.csv').write_text(BOX_HEAD + '\n' + ''.join(f'pa-{k:03d}.dcm,0,0,1,1,1,1,{n},{n}|1,{a},{c},{b},{e},1,1,W,"[0, 0, 1, 1]","[{a}, {b}, {c}, {e}]"\n' for k, n, a, b, c, e in boxes))
+    (d/'gold_object_attribute_with_coordinates.txt').write_text(FACT_HEAD + '\n' + ''.join(f'1|2\t1\t2\tpa-{k:03d}.dcm\t{b}\t1\t{n}\t{c}\t"Left, small."\t{g}\t"[1, 2, 3, 4]"\n' for k, b, n, c, g in facts))
+    return root
+
+def test_gold_boxes_and_facts(root):
+    a, b = (validate(s) for s in load_imagenome_gold(gold(root), index=root/'i', workers=1))
+    assert (a.study_id, b.study_id) == ('pa-005', 'pa-007') and a.split == b.split == 'test', 'pa-005 is on the list to avoid, and here all the same'
+    assert a.regions == {'left lung': (.5, .1, .975, .9), 'svc': (.475, 0., .525, .2)} and a.attributes['boxes_dropped'] == '1'
+    assert a.entities == {'lung opacity': 1, 'pneumonia': 1, 'pneumothorax': -1} and a.relations == {('left lung', 'lung opacity'): 1, ('left lung', 'pneumothorax'): -1} and a.attributes['entities_from'] == 'gold'
+    assert not b.entities and 'entities_from' not in b.attributes and b.regions == {'right lung': (.025, .1, .475, .9)} and 'number 7' in b.report
+    assert [s.study_id for s in load_imagenome_gold(root, index=root/'i', workers=1, facts_only=True)] == ['pa-005']
+
+def test_gold_through_the_registry(root):
+    s = load_dataset('imagenome_gold', gold(root), index=root/'i', workers=1)
+    assert {x.split for x in s} == {'test'} and len(s) == 2
+
+@pytest.mark.parametrize('boxes,facts,says', [([(5, 'svc', '', 0, 9, 9)], None, 'line 2: the box has an empty corner'), ([(5, 'svc', 'x', 0, 9, 9)], None, 'not a number'), ([(5, 'svc', 'nan', 0, 9, 9)], None, 'not a number'), ([(98, 'svc', 0, 0, 9, 9)], None, 'belong together'),
+                                              (None, [(5, 'svc', 'picc', 'maybe', 'device')], "context 'maybe'"), ([], None, 'no rows')])
+def test_broken_gold_tables(root, boxes, facts, says):
+    with pytest.raises(GKError, match=says): load_imagenome_gold(gold(root, boxes, facts), index=root/'i', workers=1)
+
+def test_gold_without_its_files_or_pictures(root):
+    with pytest.raises(GKError, match='gold_bbox'): load_imagenome_gold(root)
+    next((gold(root)/'mimic_cxr_jpg').rglob('pa-007.jpg')).unlink()
+    with pytest.raises(GKError, match='pa-007'): load_imagenome_gold(root, index=root/'i', workers=1)
+    with pytest.warns(UserWarning): assert len(load_imagenome_gold(root, index=root/'i', workers=1, bad='skip')) == 1

@@ -2,15 +2,17 @@
 import json
 import multiprocessing as mp
 import os
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
 
+from gk_mvlp.config import from_params
 from gk_mvlp.data import phantom
 from gk_mvlp.data.anatomy import REGIONS
 from gk_mvlp.data.knowledge import ENTITY_NAMES, extract_entities
 from gk_mvlp.data.phantom import CONTRAST, OPACITY_CHILDREN, Finding, PhantomConfig, cache_name, hidden_state, load_phantom, make_study, region_boxes, render
+from gk_mvlp.data.registry import load_dataset
 from gk_mvlp.data.study import check_splits, picture_hash, study_to_dict, validate
 from gk_mvlp.paths import GKError
 
@@ -45,6 +47,17 @@ def test_workers_make_the_same_bytes(tmp_path, studies):
     a, b = load_phantom(config, tmp_path/'a', progress=False), load_phantom(config, tmp_path/'b', progress=False, workers=2)
     assert all(same(x, y) for x, y in zip(a, b, strict=True))
     assert [picture_hash(np.asarray(x.image)) for x in a] == [picture_hash(s.image) for s in studies[:20]]
+
+def test_bands_and_windows_do_not_change_a_byte(monkeypatch):
+    "A picture drawn in bands of rows, each term in its own window, equals the one drawn whole and in wider windows."
+    config = PhantomConfig(n=40, size=72, seed=12, normal=0., clutter=.9)
+    drawn = [make_study(config, i) for i in range(14)]
+    bands, window = phantom.Canvas.bands, phantom.Canvas.window
+    def wider(*a, **k): return tuple(slice(None if s.start is None else max(0, s.start - 4), None if s.stop is None else s.stop + 4) for s in window(*a, **k))
+    for change in ({'bands': lambda self: bands(self, 72 * 5)}, {'bands': lambda self: bands(self, 10 ** 6)}, {'window': wider}):
+        with monkeypatch.context() as m:
+            for name, f in change.items(): m.setattr(phantom.Canvas, name, f)
+            assert all(same(make_study(config, i), s) for i, s in enumerate(drawn)), list(change)
 
 def test_index_outside_is_an_error():
     for i in (-1, CONFIG.n):
@@ -222,6 +235,40 @@ def test_no_finding_is_given_away_by_coarse_pixels():
              for j, e in enumerate(ENTITY_NAMES) if Y[~train, j].sum() >= 8}
     assert len(auroc) >= 8 and max(auroc.values()) < .985, auroc
     assert np.mean(list(auroc.values())) > .6, auroc
+
+# ---- difficulty ----
+def test_difficulty_is_reachable_from_a_preset(tmp_path):
+    hard = {'severity': [.1, .4], 'contrast': .8, 'noise': 1.5, 'clutter': 2., 'label_noise': .2, 'hedging': .3, 'boilerplate': .9, 'normal': .2, 'ap': .6, 'two_studies': .1, 'splits': [.6, .2, .2], 'n': 9, 'size': 32, 'seed': 4}
+    assert set(hard) == {f.name for f in fields(PhantomConfig)}, 'a new field belongs here'
+    config = from_params(PhantomConfig, hard, 'preset, section data')
+    assert asdict(config) == {k: tuple(v) if isinstance(v, list) else v for k, v in hard.items()}
+    assert all(.1 <= float(v) <= .4 for s in load_dataset('phantom', **hard, cache_dir=tmp_path) for k, v in s.attributes.items() if k.startswith('severity:'))
+
+def picture(**kw): return np.stack([make_study(replace(CONFIG, **kw), i).image for i in range(24)]).astype(float)
+
+@pytest.mark.parametrize('name', ['noise', 'clutter'])
+def test_more_noise_or_clutter_is_more_difference_between_two_draws_of_a_body(name):
+    "The same seed with a factor of 0, 1 and 3: pictures move further from the clean one."
+    clean = picture(**{name: 0.})
+    near, far = (np.abs(picture(**{name: f}) - clean).mean() for f in (1., 3.))
+    assert 0 < near < .7 * far
+
+def test_report_settings_do_what_they_say():
+    def count(**kw):
+        made = [make_study(replace(CONFIG, normal=0., size=32, **kw), i) for i in range(80)]
+        said = [v for s in made for k, v in s.attributes.items() if k.startswith('said:')]
+        return said.count('no') / len(said), said.count('doubt') / len(said), np.mean([len(s.report.split()) for s in made])
+    base, missed, doubted, wordy = count(label_noise=0., hedging=0., boilerplate=0.), count(label_noise=.4, hedging=0., boilerplate=0.), count(label_noise=0., hedging=.5, boilerplate=0.), count(label_noise=0., hedging=0., boilerplate=1.)
+    assert base[0] == base[1] == 0 and missed[0] > .25 and missed[1] == 0 and doubted[1] > .25 and doubted[0] == 0 and wordy[2] > base[2] + 10
+
+def test_duplicate_reports_stay_rare_in_a_large_set():
+    config = PhantomConfig(n=2500, size=32, seed=1)
+    texts = {True: [], False: []}
+    for i in range(config.n):
+        body, findings, labels = hidden_state(config, i)
+        texts[any(labels.values())].append(phantom.write_report(config, body, findings, labels, phantom._rng(config, phantom._TEXT, i))[0].split('IMPRESSION')[0])
+    share = {k: 1 - len(set(v)) / len(v) for k, v in texts.items()}      # of the findings alone, the longest part: the whole report repeats less
+    assert share[False] < .20 and share[True] < .02, share
 
 # ---- the cache ----
 SMALL = PhantomConfig(n=6, size=32, seed=2)

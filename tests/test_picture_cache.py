@@ -10,7 +10,11 @@ from PIL import Image
 from gk_mvlp.data import picture_cache
 from gk_mvlp.data.images import load_square
 from gk_mvlp.data.picture_cache import PictureCache
+from gk_mvlp.data.study import FindingBox, Study
 from gk_mvlp.paths import GKError
+from gk_mvlp.tasks.localization import BoxSet
+from gk_mvlp.training import batches
+from gk_mvlp.training.batches import StudySet, load_pictures
 
 
 def write(path, k, size=(70, 50)): Image.fromarray(np.random.default_rng(k).integers(0, 256, size, np.uint8)).save(path)
@@ -108,3 +112,60 @@ def test_it_travels_to_workers(tmp_path, files):
     c = filled(tmp_path/'c', files); c.batch(files)
     d = pickle.loads(pickle.dumps(c))
     assert not d._maps and (d.batch(files)[0] == c.batch(files)[0]).all()
+
+# ---- in use: load_pictures, StudySet, BoxSet ----
+def studies_of(files):
+    return [Study(p.stem, p.stem, image=p, report='No effusion.', findings=[FindingBox('nodule', (.2, .2, .5, .6))]) for p in files]
+
+def test_pictures_are_the_same_with_and_without_a_cache(tmp_path, files):
+    studies = [*studies_of(files), Study('array', 'array', image=np.full((40, 30), 9, np.uint8), report='Clear.')]
+    studies[1].image = str(studies[1].image)
+    plain, frames = load_pictures(studies, 32)
+    for _ in range(2):
+        x, f = load_pictures(studies, 32, cache_dir=tmp_path/'c')
+        assert (x == plain).all() and f == frames
+    assert len(PictureCache(tmp_path/'c'/'pictures', 32)) == len(files), 'files only'
+    a, b = StudySet(studies, image_size=32), StudySet(studies, image_size=32, cache_dir=tmp_path/'c')
+    assert (a.images == b.images).all() and all((a.fields[k] == b.fields[k]).all() for k in a.fields)
+    a, b = BoxSet(studies[:-1], ['nodule'], 32), BoxSet(studies[:-1], ['nodule'], 32, cache_dir=tmp_path/'c')
+    assert (a.images == b.images).all() and (a.boxes == b.boxes).all()
+
+def test_another_run_decodes_nothing_but_what_changed(tmp_path, files, monkeypatch):
+    studies, decoded, real = studies_of(files), [], picture_cache.load_square
+    load_pictures(studies, 32, cache_dir=tmp_path/'c')
+    monkeypatch.setattr(picture_cache, 'load_square', lambda p, size: decoded.append(p) or real(p, size))
+    monkeypatch.setattr(batches, 'load_square', lambda *a: pytest.fail('decoded past the cache'))
+    write(files[4], 55)
+    x, _ = load_pictures(studies, 32, cache_dir=tmp_path/'c')
+    assert decoded == [files[4]] and (x[4] == real(files[4], 32)[0]).all()
+
+def test_without_a_folder_or_without_files_nothing_is_written(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(batches, 'PictureCache', lambda *a: pytest.fail('a cache was made'))
+    load_pictures(studies_of(files), 32)
+    load_pictures([Study('a', 'a', image=np.zeros((20, 20), np.uint8))], 32, cache_dir=tmp_path/'c')
+    assert not (tmp_path/'c').exists()
+
+def test_a_folder_that_cannot_be_written_costs_the_cache_only(tmp_path, files):
+    (tmp_path/'c').write_text('a file')
+    with pytest.warns(UserWarning, match='not cached'): x, _ = load_pictures(studies_of(files), 32, cache_dir=tmp_path/'c')
+    assert (x == load_pictures(studies_of(files), 32)[0]).all()
+
+def test_broken_pictures_are_named(tmp_path, files):
+    files[2].write_bytes(files[2].read_bytes()[:150])
+    for where in (None, tmp_path/'c'):
+        with pytest.raises(GKError, match=files[2].name): load_pictures(studies_of(files), 32, cache_dir=where)
+    with pytest.raises(GKError, match='no picture'): load_pictures([Study('a', 'a')], 32, cache_dir=tmp_path/'c')
+
+def test_too_many_pictures_for_memory_are_mapped(tmp_path, files, monkeypatch):
+    studies = studies_of(files)
+    want = StudySet(studies, image_size=32)[[2, 7, 0]]['images']
+    monkeypatch.setattr(batches, 'MAX_IN_MEMORY', 1000)
+    x, _ = load_pictures(studies, 32, cache_dir=tmp_path/'c')
+    assert isinstance(x, np.memmap) and (x == load_pictures(studies, 32)[0]).all()
+    assert (StudySet(studies, image_size=32, cache_dir=tmp_path/'c')[[2, 7, 0]]['images'] == want).all()
+    assert {p.name for p in (tmp_path/'c').iterdir()} == {'pictures'}, 'the mapped file has no name'
+
+def test_a_cut_shard_is_refused_by_name(tmp_path, files):
+    c = filled(tmp_path/'c', files)
+    for p in c.folder.glob('*.npy'): p.write_bytes(p.read_bytes()[:300])
+    with pytest.raises(GKError, match='cannot be read'): PictureCache(tmp_path/'c', 32).batch(files)

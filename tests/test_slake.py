@@ -7,6 +7,7 @@ from PIL import Image
 
 from gk_mvlp.data.registry import load_dataset
 from gk_mvlp.data.slake import load_slake
+from gk_mvlp.data.study import validate
 from gk_mvlp.data.vqa_rad import load_vqa_rad
 from gk_mvlp.paths import GKError
 
@@ -40,6 +41,24 @@ def test_a_picture_in_two_splits_is_refused(tmp_path):
 @pytest.mark.parametrize('kw,says', [({'language': 'de'}, 'language'), ({'language': None}, 'leak'), ({'modality': 'US'}, 'X-Ray/Lung'), ({'location': 'Neck'}, 'Neck'), ({'bad': 'ignore'}, 'skip')])
 def test_wrong_options(tmp_path, kw, says):
     with pytest.raises(GKError, match=says): load_slake(write(tmp_path), **kw)
+
+def detection(root, name, content): (root/'slake'/'imgs'/name/'detection.json').write_text(content if isinstance(content, str) else json.dumps(content))
+
+def test_boxes_become_regions_findings_and_text(tmp_path):
+    write(tmp_path)
+    detection(tmp_path, 'xmlab_train', [{'Left Lung': [8, 2, 6, 8]}, {'Left Lung': [8, 2, 2, 2]}, {'HEART': [4, 4, 20, 8]}, {'Infiltration': [0, 0, 4, 4], 'Effusion': [1, 8, 4, 4]}, {'Spinal  Cord': [7, 0, 2, 16]}])
+    a, b, _ = (validate(s) for s in load_slake(tmp_path))
+    assert a.regions == {'left lung': (.5, .125, .875, .625), 'cardiac silhouette': (.25, .25, 1., .75)}, 'the larger of two boxes, cut to the picture'
+    assert [(f.entity, f.box) for f in a.findings] == [('lung opacity', (0., 0., .25, .25)), ('pleural effusion', (.0625, .5, .3125, .75))] and a.attributes['box:spinal cord'] == '0.4375 0.0000 0.5625 1.0000'
+    assert not b.regions and not b.findings, 'no file, no boxes'
+    assert not load_slake(tmp_path, pictures=False)[0].regions
+
+@pytest.mark.parametrize('content,says', [('[{"Heart": [1, 2, 3]}]', 'four finite numbers'), ('[{"Heart": [1, 2, 0, 3]}]', 'inverted'), ('[{"Heart": [99, 2, 5, 3]}]', 'outside the picture'), ('{"Heart": [1, 2, 3, 4]}', 'not a list'),
+                                          ('[["Heart", 1, 2, 3, 4]]', 'entry 0'), ('[{"Heart": [NaN, 2, 3, 4]}]', 'not valid JSON'), ('[{"Heart": [1, 2', 'not valid JSON'), ('', 'detection.json')])
+def test_broken_boxes_follow_the_policy(tmp_path, content, says):
+    write(tmp_path); detection(tmp_path, 'xmlab_validate', content)
+    with pytest.raises(GKError, match=says): load_slake(tmp_path)
+    with pytest.warns(UserWarning, match='left out 1 pictures with broken boxes'): assert len(load_slake(tmp_path, bad='skip')) == 2
 
 def test_real_slake(real_data):
     if not (real_data/'slake').is_dir(): pytest.skip('no slake/ in the data root')

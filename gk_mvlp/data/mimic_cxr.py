@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGENOME_TO_ENTITY', 'FACT_CATEGORIES', 'SCENE_COLUMNS', 'REPORT_COLUMNS', 'split_sections', 'facts_to_entities',
-           'parse_scene_graph', 'clip_boxes', 'parse_report', 'load_mimic_cxr']
+           'parse_scene_graph', 'clip_boxes', 'parse_report', 'load_mimic_cxr', 'load_imagenome_gold']
 
-# %% ../../nbs/data/37_mimic_cxr.ipynb #a9644a96
+# %% ../../nbs/data/37_mimic_cxr.ipynb #7e7a4580
 import json
 import math
 import os
@@ -21,7 +21,7 @@ from .chexpert import CHEXPERT_FINDINGS, check_policies, chexpert_labels
 from .file_index import index_dir, index_files
 from .knowledge import ENTITY_NAMES, extract_entities, extract_relations
 from .study import Study
-from .tables import keep_pictures, read_table
+from .tables import keep_pictures, number, read_table
 from ..paths import GKError, data_root
 
 # %% ../../nbs/data/37_mimic_cxr.ipynb #5e62b7a8
@@ -242,12 +242,16 @@ def load_mimic_cxr(root: str | Path | None = None, # data root that holds mimic_
         if g['dicom_id'] in out: _add_scene(out[g['dicom_id']], g, rows[g['dicom_id']], meta_path)
     return keep_pictures(list(out.values()), bad, 'mimic_cxr')
 
-# %% ../../nbs/data/37_mimic_cxr.ipynb #1f327471
+# %% ../../nbs/data/37_mimic_cxr.ipynb #af997752
+def _full_size(r: dict[str, str], path: Path) -> tuple[int, int]:
+    "(rows, columns) of a picture from its row of the metadata in `path`."
+    if not (r['Rows'].isdigit() and r['Columns'].isdigit() and int(r['Rows']) > 0 and int(r['Columns']) > 0): raise GKError(f'{path}: line {r[""]}: Rows {r["Rows"]!r}, Columns {r["Columns"]!r}', 'The boxes need the size of the picture.')
+    return int(r['Rows']), int(r['Columns'])
+
 def _add_scene(s: Study, g: dict, r: dict[str, str], path: Path) -> None:
     "Boxes, entities and relations of a scene graph into the study, in place; `r` is its row of the metadata in `path`."
     if (g['subject_id'], g['study_id']) != (r['subject_id'], r['study_id']): raise GKError(f'{g["file"]}: patient {g["subject_id"]}, study {g["study_id"]}, but {path} says {r["subject_id"]}, {r["study_id"]}', 'The releases do not belong together.')
-    if not (r['Rows'].isdigit() and r['Columns'].isdigit() and int(r['Rows']) > 0 and int(r['Columns']) > 0): raise GKError(f'{path}: line {r[""]}: Rows {r["Rows"]!r}, Columns {r["Columns"]!r}', 'The boxes need the size of the picture.')
-    s.regions, dropped = clip_boxes(g['regions'], g['boxes'], int(r['Columns']), int(r['Rows']))
+    s.regions, dropped = clip_boxes(g['regions'], g['boxes'], *_full_size(r, path)[::-1])
     s.entities, s.relations = facts_to_entities(list(zip(g['fact_regions'], g['fact_there'], g['fact_labels'], strict=True)))
     s.sex, s.age = g['sex'] if g['sex'] in ('M', 'F') else '', _decile_age(g['age'])
     if dropped: s.attributes['boxes_dropped'] = str(dropped)
@@ -256,3 +260,54 @@ def _decile_age(text: str) -> float | None:
     "The middle of '50-60'; 95 for '>90' (ages above 89 are hidden by law); None if unknown."
     if m := re.fullmatch(r'(\d+)-(\d+)', text): return (int(m[1]) + int(m[2])) / 2
     return 95. if text.replace(' ', '') in ('>90', '90+', '>=90') else None
+
+# %% ../../nbs/data/37_mimic_cxr.ipynb #6380d7a2
+_GOLD_BOXES, _GOLD_FACTS = 'gold_bbox_coordinate_annotations_1000images.csv', 'gold_object_attribute_with_coordinates.txt'
+
+def _gold_boxes(path: Path) -> dict[str, tuple[list[str], list[list[float]]]]:
+    "{dicom_id: (regions, boxes in pixels)}; of two boxes for a region the first stands."
+    out: dict[str, tuple[list[str], list[list[float]]]] = {}
+    for r in read_table(path, ('image_id', 'bbox_name', *_BOX)):
+        box = [number(r, k, path) for k in _BOX]
+        if None in box: raise GKError(f'{path}: line {r[""]}: the box has an empty corner', 'Copy the file again.')
+        regions, boxes = out.setdefault(r['image_id'].removesuffix('.dcm'), ([], []))
+        if r['bbox_name'].lower() not in regions: regions.append(r['bbox_name'].lower()); boxes.append(box)
+    return out
+
+def _gold_facts(path: Path) -> dict[str, list[tuple[str, bool, str]]]:
+    "{dicom_id: facts} of the categories that state findings, each fact once."
+    out: dict[str, dict[tuple[str, bool, str], None]] = {}
+    for r in read_table(path, ('image_id', 'bbox', 'label_name', 'context', 'categoryID'), delimiter='\t'):
+        if r['context'] not in ('yes', 'no'): raise GKError(f'{path}: line {r[""]}: context {r["context"]!r}', 'It is yes or no.')
+        facts = out.setdefault(r['image_id'].removesuffix('.dcm'), {})
+        if r['categoryID'].lower() in FACT_CATEGORIES: facts[r['bbox'].lower(), r['context'] == 'yes', r['label_name'].lower()] = None
+    return {k: list(v) for k, v in out.items()}
+
+# %% ../../nbs/data/37_mimic_cxr.ipynb #bd95756e
+def load_imagenome_gold(root: str | Path | None = None, # data root that holds mimic_cxr_jpg/ and chest_imagenome/gold_dataset/, for reports mimic_cxr/
+                        sections: tuple[str, ...] = ('findings', 'impression'), # what the report is made of; '' where there is none
+                        facts_only: bool = False, # True: only pictures whose attributes were checked
+                        index: str | Path | None = None, # folder of the Parquet index of reports; default under runs/.index
+                        workers: int | None = None, # processes that make the index
+                        bad: str = 'raise' # missing pictures, broken reports: 'raise' or 'skip'
+                        ) -> list[Study]:
+    "Chest ImaGenome's hand-made set: boxes in fractions of the full-size picture and, with `attributes['entities_from'] == 'gold'`, entities and relations; all in split test."
+    base = data_root(root, ('mimic_cxr_jpg', 'chest_imagenome')); gold = base/'chest_imagenome'/'gold_dataset'
+    boxes, facts = _gold_boxes(gold/_GOLD_BOXES), _gold_facts(gold/_GOLD_FACTS)
+    path, meta = _mimic_table(base/'mimic_cxr_jpg', 'metadata', ('dicom_id', 'subject_id', 'study_id', 'ViewPosition', 'Rows', 'Columns'), 'dicom_id')
+    rows = [r for r in meta if r['dicom_id'] in boxes and (not facts_only or r['dicom_id'] in facts)]
+    if not rows: raise GKError(f'{path}: none of the {len(boxes)} pictures of {gold/_GOLD_BOXES}', 'Check that the two releases belong together.')
+    reports = _reports(base, {r['study_id']: r['subject_id'] for r in meta}, None if index is None else Path(index), bad, workers)   # of all, as the index of load_mimic_cxr
+    out = []
+    for r in rows:
+        report = ' '.join(t for k in sections if (t := reports.get(r['study_id'], {}).get(k)))
+        s = Study(r['dicom_id'], f'mimic-{r["subject_id"]}', base/'mimic_cxr_jpg'/'files'/_folder(r['subject_id'], r['study_id'])/f'{r["dicom_id"]}.jpg', report, split='test', view=r['ViewPosition'], attributes={'examination': r['study_id']})
+        _add_gold(s, *boxes[s.study_id], facts.get(s.study_id), r, path)
+        out.append(s)
+    return keep_pictures(out, bad, 'imagenome_gold')
+
+def _add_gold(s: Study, regions: list[str], boxes: list[list[float]], facts: list[tuple[str, bool, str]] | None, r: dict[str, str], path: Path) -> None:
+    "Boxes and checked facts into the study, in place; `r` is its row of the metadata in `path`."
+    s.regions, dropped = clip_boxes(regions, boxes, *_full_size(r, path)[::-1])
+    if dropped: s.attributes['boxes_dropped'] = str(dropped)
+    if facts is not None: s.entities, s.relations = facts_to_entities(facts); s.attributes['entities_from'] = 'gold'

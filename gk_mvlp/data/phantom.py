@@ -7,7 +7,8 @@ __all__ = ['SCENARIOS', 'CONTRAST', 'OPACITY_CHILDREN', 'Box', 'PhantomConfig', 
            'render', 'region_boxes', 'Statement', 'write_report', 'ask', 'hidden_state', 'make_study', 'cache_name',
            'load_phantom']
 
-# %% ../../nbs/data/14_phantom.ipynb #71388c45
+# %% ../../nbs/data/14_phantom.ipynb #89627c67
+import copy
 import hashlib
 import importlib.util
 import json
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .anatomy import REGIONS
 from .knowledge import ENTITIES, ENTITY_NAMES
@@ -199,14 +200,14 @@ def _draw_body(p: np.random.Generator, s: np.random.Generator, ap: bool, visit: 
                 float(np.deg2rad(s.normal(0, 1.4 + .8 * ap))), float(s.normal(0, .012)), float(s.normal(0, .010)), float(s.normal(.985, .025)),
                 tuple(float(v) for v in np.where(s.random(4) < .25, s.uniform(.005, .045, 4), 0)))
 
-# %% ../../nbs/data/14_phantom.ipynb #cdb8874d
+# %% ../../nbs/data/14_phantom.ipynb #1c433cba
 def _ramp(d: np.ndarray, w: float = .012) -> np.ndarray:
     "Soft step: 0 below -w/2, 1 above w/2; `d` is a signed distance."
-    out = np.asarray(d * (1 / w) + .5)
+    out = np.asarray(d * (1 / w)); out += .5
     np.maximum(out, 0., out=out); np.minimum(out, 1., out=out)
     return out
 
-def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray: "sqrt(x^2 + y^2), four times as fast as hypot here."; return np.sqrt(x * x + y * y)
+def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray: "sqrt(x^2 + y^2), four times as fast as hypot here."; d = x * x + y * y; return np.sqrt(d, out=d)
 
 # %% ../../nbs/data/14_phantom.ipynb #0e8a73f4
 @lru_cache(maxsize=64)
@@ -227,7 +228,7 @@ def _blur(sigma: float, n: int, m: int = 32) -> tuple[np.ndarray, np.ndarray]:
     K = np.exp(-.5 * ((t[:, None] - t[None]) / sigma) ** 2)
     return pool, _upsample(m, n) @ (K / K.sum(1, keepdims=True))
 
-# %% ../../nbs/data/14_phantom.ipynb #43536064
+# %% ../../nbs/data/14_phantom.ipynb #f5d9fb0c
 class Canvas:
     "A picture of `n` x `n` pixels in body coordinates: grids x, y, r = |x| and the layers drawn so far."
     def __init__(self, body: Body, n: int, rng: np.random.Generator, clutter: float = 1.):
@@ -235,8 +236,8 @@ class Canvas:
         u = (np.arange(n) + .5) / n
         px, py = u[None, :] - .5 - body.dx, u[:, None] - .5 - body.dy
         c, s = np.cos(body.angle) / body.zoom, np.sin(body.angle) / body.zoom
-        self.x, self.y = c * px + s * py, -s * px + c * py + .5
-        self.r = np.abs(self.x); self.left = self.x > 0
+        self.x, self.y = c * px + s * py, -s * px + c * py; self.y += .5
+        self.r = np.abs(self.x); self.left = self.x > 0; self.grain: dict[str, np.ndarray] = {}
         self.cos, self.sin = float(np.cos(body.angle) * body.zoom), float(np.sin(body.angle) * body.zoom)
 
     def to_picture(self, points: Iterable[tuple[float, float]]) -> np.ndarray:
@@ -246,9 +247,26 @@ class Canvas:
 
     def noise(self, m: int) -> np.ndarray:
         "[n, n] smooth noise with m x m knots, about unit variance."
-        U = _upsample(m, self.n); return 2.1 * (U @ self.rng.standard_normal((m, m)) @ U.T)
+        U = _upsample(m, self.n); z = U @ self.rng.standard_normal((m, m)) @ U.T
+        z *= 2.1
+        return z
 
-# %% ../../nbs/data/14_phantom.ipynb #62aca7da
+    def window(self, x0: float | None = None, x1: float | None = None, y0: float | None = None, y1: float | None = None) -> tuple[slice, slice]:
+        "Rows and columns of all pixels with x0 < x < x1 and y0 < y < y1 in body coordinates (and, as the body leans, of a few more)."
+        def span(a, b, lo, hi):                                                          # x grows along a row, y down a column
+            return slice(None if lo is None else int(np.maximum(a, b).searchsorted(lo)), None if hi is None else int(np.minimum(a, b).searchsorted(hi, 'right')))
+        return span(self.y[:, 0], self.y[:, -1], y0, y1), span(self.x[0], self.x[-1], x0, x1)
+
+    def bands(self, pixels: int = 32768) -> Iterable[tuple[slice, 'Canvas']]:
+        "(rows, canvas of these rows alone), top to bottom. A layer of a band stays in the processor's cache; whole pictures of 512 pixels would go to memory and back for every term."
+        step = max(1, pixels // self.n)
+        for rows in (slice(k, k + step) for k in range(0, self.n, step)):
+            band = copy.copy(self)
+            band.x, band.y, band.r, band.left = self.x[rows], self.y[rows], self.r[rows], self.left[rows]
+            band.grain = {k: v[rows] for k, v in self.grain.items()}
+            yield rows, band
+
+# %% ../../nbs/data/14_phantom.ipynb #168f610e
 def _outer(b: Body, y: np.ndarray) -> np.ndarray:
     "Inner half width of the rib cage at height y."
     t = np.clip((y - b.apex + .012) / (.78 - b.apex), 0., 1.)
@@ -270,53 +288,81 @@ def _lungs(c: Canvas) -> None:
     inner = np.where(c.left, .8 * b.med, .95 * b.med)
     air = _ramp(c.edge, .014) * _ramp(c.floor - c.y, .010) * _ramp(c.r - inner, .03)
     c.lung = {'right': air * ~c.left, 'left': air * c.left}
-    c.depth = air * np.sqrt(np.clip(1 - (1 - np.clip(c.edge / (.55 * b.W), 0, 1)) ** 2, 0, 1))
+    c.depth = air * np.sqrt(1 - (1 - np.clip(c.edge / (.55 * b.W), 0, 1)) ** 2)
 
-def _ellipse(c: Canvas, cx: float, cy: float, ax: float, ay: float, angle: float = 0.) -> np.ndarray:
-    "1 at the centre, 0 on the rim, negative outside."
-    X, Y = c.x - cx, c.y - cy
+# %% ../../nbs/data/14_phantom.ipynb #9f77974f
+def _ellipse(c: Canvas, cx: float, cy: float, ax: float, ay: float, angle: float = 0., at=...) -> np.ndarray:
+    "1 at the centre, 0 on the rim, negative outside; at the pixels `at`."
+    X, Y = c.x[at] - cx, c.y[at] - cy
     if angle: X, Y = X * np.cos(angle) + Y * np.sin(angle), Y * np.cos(angle) - X * np.sin(angle)
-    return 1 - (X / ax) ** 2 - (Y / ay) ** 2
+    X /= ax; X *= X; Y /= ay; Y *= Y
+    return np.subtract(np.subtract(1, X, out=X), Y, out=X)
+
+def _around(c: Canvas, ellipses: Iterable[tuple[float, ...]]) -> tuple[slice, slice]:
+    "A window that holds ellipses (cx, cy, ax, ay, angle) and a soft rim."
+    box = np.array([(x - r, x + r, y - r, y + r) for x, y, ax, ay, *_ in ellipses for r in [1.05 * max(ax, ay)]])
+    return c.window(box[:, 0].min(), box[:, 1].max(), box[:, 2].min(), box[:, 3].max())
 
 def _heart(c: Canvas) -> None:
     "Layer `heart` (0..1) and its thickness `heart_depth`."
     b = c.body; width = 2 * b.W * b.heart; k = width / .34; low = b.dome['right']
     left, right = .71 * width, .29 * width
-    c.heart_f = np.maximum.reduce([_ellipse(c, -right + .090 * k, low - .080, .090 * k, .135),
-                                   _ellipse(c, left - .157 * k, low - .052, .176 * k, .122 * k ** .5, .50),
-                                   _ellipse(c, .030, low - .155, .086 * k ** .7, .15)])
-    c.heart = _ramp(c.heart_f, .14) * _ramp(c.floor + .035 - c.y, .02)
-    c.heart_depth = np.sqrt(np.clip(c.heart_f, 0, 1)) * c.heart
+    parts = [(-right + .090 * k, low - .080, .090 * k, .135), (left - .157 * k, low - .052, .176 * k, .122 * k ** .5, .50), (.030, low - .155, .086 * k ** .7, .15)]
+    w = _around(c, parts)
+    f = np.maximum.reduce([_ellipse(c, *e, at=w) for e in parts])
+    c.heart, c.heart_depth = np.zeros_like(c.x), np.zeros_like(c.x)
+    c.heart[w] = _ramp(f, .14) * _ramp(c.floor[w] + .035 - c.y[w], .02)
+    c.heart_depth[w] = np.sqrt(np.clip(f, 0, 1)) * c.heart[w]
 
-# %% ../../nbs/data/14_phantom.ipynb #dbfacddd
+# %% ../../nbs/data/14_phantom.ipynb #c217bad0
 def _rib_profile(phase: np.ndarray, width: float) -> np.ndarray:
     "Rib seen along the beam from the phase: a band whose cortical edges are brighter than its middle."
-    p = np.abs(phase - np.floor(phase) - .5) * 2
-    return _ramp(width - p, .22) * (.62 + .55 * np.clip(p / width, 0, 1) ** 2)
+    p = phase - np.floor(phase); p -= .5; np.abs(p, out=p); p *= 2
+    rib = _ramp(width - p, .22)
+    p /= width; np.minimum(p, 1, out=p); p *= p; p *= .55; p += .62
+    rib *= p
+    return rib
 
-def _bones(c: Canvas, fracture: Finding | None = None, amount: float = 0.) -> np.ndarray:
-    "Optical depth of ribs, clavicles, spine, scapulae and humeral heads; sets `rib_phase`."
+def _ribs(c: Canvas, fracture: Finding | None, amount: float) -> np.ndarray:
+    "Optical depth of the ribs: back and front ones, fainter below the diaphragm. Sets `rib_phase`."
     b, q = c.body, c.q
     c.rib_phase = (c.y - b.rib0 - .15 * q * q + .045 * q) / b.ribs
-    phase, gap = c.rib_phase, 0.
-    if fracture is not None: phase, gap = _break_ribs(c, fracture, amount)
-    back = _rib_profile(phase, .50) * _ramp(1.03 - q, .05) * _ramp(q - .10, .08) * (phase > -1) * (phase < 9.6) * (.75 + .8 * np.square(q * q))
-    u = np.maximum(1 - q, 0)
-    front = _rib_profile((c.y - b.rib0 - .10 - u * (.135 + .055 * u)) * (1 / (1.06 * b.ribs)), .58) * _ramp(1.02 - q, .05) * _ramp(q - .42, .12) * (c.y < .80) * (c.y > b.apex + .06)
-    bones = (.26 * back * (1 - gap) + .13 * front) * (1 - .7 * _ramp(c.y - c.floor - .02, .05))
-    h = int(np.searchsorted(c.y.min(1), .5)); r, y = c.r[:h], c.y[:h]                        # rows that can hold a shoulder
+    phase, gap = (c.rib_phase, None) if fracture is None else _break_ribs(c, fracture, amount)
+    ribs = _rib_profile(phase, .50)
+    for factor in (_ramp(1.03 - q, .05), _ramp(q - .10, .08), phase > -1, phase < 9.6, .75 + .8 * np.square(q * q)): ribs *= factor
+    ribs *= .26
+    if gap is not None: ribs *= 1 - gap
+    w = c.window(y0=b.apex + .06, y1=.80); u = np.maximum(1 - q[w], 0)
+    front = _rib_profile((c.y[w] - b.rib0 - .10 - u * (.135 + .055 * u)) * (1 / (1.06 * b.ribs)), .58)
+    for factor in (_ramp(1.02 - q[w], .05), _ramp(q[w] - .42, .12), c.y[w] < .80, c.y[w] > b.apex + .06): front *= factor
+    ribs[w] += .13 * front
+    w = c.window(y0=min(b.dome.values()) - .02)
+    ribs[w] *= 1 - .7 * _ramp(c.y[w] - c.floor[w] - .02, .05)
+    return ribs
+
+# %% ../../nbs/data/14_phantom.ipynb #633d3e90
+def _bones(c: Canvas, fracture: Finding | None = None, amount: float = 0.) -> np.ndarray:
+    "Optical depth of ribs, clavicles, spine, scapulae and humeral heads; sets `rib_phase` and `clavicle`."
+    b = c.body
+    bones = _ribs(c, fracture, amount)
+    w = c.window(-.07, .07); r, y = c.r[w], c.y[w]
+    v = (y - .02) / .058; body = np.abs(v - np.floor(v) - .5)
+    spine = _ramp(.040 + .006 * y - r, .016) * (.85 + .25 * _ramp(.40 - body, .1))
+    pedicle = _ramp(.009 - _distance(r - .026, (body - .12) * .058), .01)
+    bones[w] += .30 * spine + .14 * pedicle
+    w = c.window(y0=b.apex - .03, y1=b.apex + .13); r, y = c.r[w], c.y[w]
     s = (r - .03) / .31
     clavicle = _ramp(.0125 - np.abs(y - (b.apex + .078 - .055 * s + .016 * np.sin(2 * np.pi * s))), .010) * _ramp(s, .06) * _ramp(1.05 - s, .06)
-    c.clavicle = np.zeros_like(c.x); c.clavicle[:h] = clavicle
-    blade = b.W - .015 - .035 * (b.view == 'AP') + .11 * (y - .16)
-    shoulder = _ramp(y - .14, .04) * (.15 * _ramp(.008 - np.abs(r - blade), .016) * _ramp(.44 - y, .1) + .10 * _ramp(r - blade, .05) * _ramp(blade + .09 - r, .05) * _ramp(.40 - y, .2))
-    shoulder += .36 * clavicle + .35 * _ramp(.045 - _distance(r - b.W - .09, y - b.apex - .055), .03)
-    v = (c.y - .02) / .058; body = np.abs(v - np.floor(v) - .5)
-    spine = _ramp(.040 + .006 * c.y - c.r, .016) * (.85 + .25 * _ramp(.40 - body, .1))
-    pedicle = _ramp(.009 - _distance(c.r - .026, (body - .12) * .058), .01)
-    bones += .30 * spine + .14 * pedicle
-    bones[:h] += shoulder
-    return b.bone * bones
+    c.clavicle = np.zeros_like(c.x); c.clavicle[w] = clavicle
+    top = c.window(y1=.51); shoulder = .36 * c.clavicle[top]
+    for w in (c.window(x1=.09 - b.W, y1=.51), c.window(x0=b.W - .09, y1=.51)):             # scapulae and humeral heads lie along the edges
+        r, y = c.r[w], c.y[w]
+        blade = b.W - .015 - .035 * (b.view == 'AP') + .11 * (y - .16)
+        scapula = _ramp(y - .14, .04) * (.15 * _ramp(.008 - np.abs(r - blade), .016) * _ramp(.44 - y, .1) + .10 * _ramp(r - blade, .05) * _ramp(blade + .09 - r, .05) * _ramp(.40 - y, .2))
+        shoulder[w] = scapula + (shoulder[w] + .35 * _ramp(.045 - _distance(r - b.W - .09, y - b.apex - .055), .03))
+    bones[top] += shoulder
+    bones *= b.bone
+    return bones
 
 # %% ../../nbs/data/14_phantom.ipynb #90dcda79
 def _break_ribs(c: Canvas, f: Finding, amount: float) -> tuple[np.ndarray, np.ndarray]:
@@ -332,74 +378,105 @@ def _break_ribs(c: Canvas, f: Finding, amount: float) -> tuple[np.ndarray, np.nd
     c.break_at = (sign * at * float(_outer(b, np.array(y))), y, count)
     return c.rib_phase + step, here * _ramp(.035 - near, .03) * min(1., 1.4 * amount)
 
-# %% ../../nbs/data/14_phantom.ipynb #21a9198e
+# %% ../../nbs/data/14_phantom.ipynb #d4e889fd
+_BRANCHES = ((7, .00, .0052, 1.), (13, .07, .0036, .75), (22, .13, .0026, .55))           # vessels, their start, width and strength, from the hilum outwards
+
+def _draw_texture(c: Canvas) -> None:
+    "All that chance adds to the healthy chest: smooth noises `grain`, vessels' angles and strengths `fans`, their fullness. What follows is formulas."
+    def mix(a, m, b, n): x, y = c.noise(m), c.noise(n); x *= a; y *= b; x += y; return x
+    c.grain['wobble'] = mix(.17, 8, .05, 16)
+    def fan(count): return np.sort(np.linspace(-1.75, 1.9, count) + c.rng.uniform(-.14, .14, count)), c.rng.uniform(.4, 1., count)
+    c.fans = {side: [fan(count) for count, *_ in _BRANCHES] for side in ('right', 'left')}
+    c.grain['tissue'] = c.noise(7); c.grain['tissue'] *= .035 * c.clutter; c.grain['tissue'] += 1
+    c.full = np.clip(1 + .30 * c.clutter * c.rng.standard_normal(), .4, 1.9)               # vessels differ in fullness without being diseased
+    c.grain['bowel'] = c.noise(9); c.grain['bowel'] *= .10 * c.clutter
+    c.grain['lung'] = mix(.030, 24, .018, 48)
+
 def _vessels(c: Canvas) -> None:
     "Layer `vessel`: the branching pattern, 0..about 1; sets `hilum[side]`."
     b = c.body; c.hilum = {'right': (-.088 - .4 * (b.med - .05), b.carina + .090), 'left': (.092 + .4 * (b.med - .05), b.carina + .068)}
     out = np.zeros_like(c.x)
-    wobble = .17 * c.noise(8) + .05 * c.noise(16)
     for side in ('right', 'left'):
         half = c.lung[side] > .02
         hx, hy = c.hilum[side]; X, Y = c.x[half] - hx, c.y[half] - hy
-        rho, theta = _distance(X, Y) + 1e-6, np.arctan2(Y, X * (-1 if side == 'right' else 1)) + wobble[half]
+        rho, theta = _distance(X, Y) + 1e-6, np.arctan2(Y, X * (-1 if side == 'right' else 1)) + c.grain['wobble'][half]
         total = np.zeros_like(rho)
-        for count, start, width, gain in ((7, .00, .0052, 1.), (13, .07, .0036, .75), (22, .13, .0026, .55)):
-            angle = np.sort(np.linspace(-1.75, 1.9, count) + c.rng.uniform(-.14, .14, count)); power = c.rng.uniform(.4, 1., count)
+        for (_, start, width, gain), (angle, power) in zip(_BRANCHES, c.fans[side]):
             edges = (angle[1:] + angle[:-1]) / 2; k = np.searchsorted(edges, theta)
             total += gain * power[k] * np.exp(-.5 * (np.sin(np.clip(theta - angle[k], -1.5, 1.5)) * rho / width) ** 2) * _ramp(rho - start, .05)
         out[half] = total * np.exp(-rho / .20)
     c.vessel = out * (c.lung['right'] + c.lung['left'])
 
-def _airways(c: Canvas) -> np.ndarray:
-    "Relative length of the beam in trachea and main bronchi, 0..1."
-    b = c.body; lean = -.006
-    trachea = _ramp(.0185 - np.abs(c.x - lean), .010) * _ramp(b.carina + .012 - c.y, .02)
-    s = c.y - b.carina
-    right = _ramp(.0125 - np.abs(c.x - lean + .95 * s) * .72, .010) * _ramp(s, .02) * _ramp(.075 - s, .03)
-    left = _ramp(.0115 - np.abs(c.x - lean - 1.35 * s) * .60, .010) * _ramp(s, .02) * _ramp(.068 - s, .03)
-    return np.maximum.reduce([trachea, .75 * right, .7 * left])
+def _airways(c: Canvas) -> tuple[tuple[slice, slice], np.ndarray]:
+    "(window, relative length of the beam in trachea and main bronchi there, 0..1)."
+    b = c.body; lean = -.006; w = c.window(-.16, .16, y1=b.carina + .10); x, y = c.x[w], c.y[w]
+    trachea = _ramp(.0185 - np.abs(x - lean), .010) * _ramp(b.carina + .012 - y, .02)
+    s = y - b.carina
+    right = _ramp(.0125 - np.abs(x - lean + .95 * s) * .72, .010) * _ramp(s, .02) * _ramp(.075 - s, .03)
+    left = _ramp(.0115 - np.abs(x - lean - 1.35 * s) * .60, .010) * _ramp(s, .02) * _ramp(.068 - s, .03)
+    return w, np.maximum.reduce([trachea, .75 * right, .7 * left])
 
-# %% ../../nbs/data/14_phantom.ipynb #bf7087c5
+# %% ../../nbs/data/14_phantom.ipynb #c85d5f0a
 def _soft_tissue(c: Canvas) -> np.ndarray:
     "Optical depth of the body without air and bone: an elliptic trunk, shoulders, neck, breasts."
     b = c.body
-    top = .020 + .42 * np.clip(c.r - .095, 0, None)                                        # the line of neck and shoulders
+    top = .020 + .42 * np.maximum(c.r - .095, 0)                                           # the line of neck and shoulders
     hull = b.W + .028 + b.fat + 5.5 * np.square(np.clip(.46 - c.y, 0, .36))
-    trunk = np.sqrt(np.maximum(1 - (c.r / hull) ** 2, 0)); trunk = np.sqrt(trunk * np.sqrt(trunk))
-    depth = (2.30 + .35 * np.maximum(c.y - .3, 0)) * trunk * np.sqrt(_ramp(c.y - top - .05, .17)) * _ramp(c.y - top, .02)
-    arm = b.W + .10 + b.fat + .04 * c.y
-    depth = depth + .85 * _ramp(c.r - arm, .02) * _ramp(c.y - top, .02) * np.sqrt(np.maximum(1 - ((c.r - arm - .07) / .08) ** 2, 0)) * _ramp(.75 - c.y, .5)
+    trunk = c.r / hull; trunk *= trunk; np.subtract(1, trunk, out=trunk); np.maximum(trunk, 0, out=trunk); np.sqrt(trunk, out=trunk)
+    trunk *= np.sqrt(trunk); np.sqrt(trunk, out=trunk)
+    below = _ramp(c.y - top, .02)
+    depth = (2.30 + .35 * np.maximum(c.y - .3, 0)) * trunk * np.sqrt(_ramp(c.y - top - .05, .17)) * below
+    reach = b.W + .10 + b.fat - .015
+    for w in (c.window(x1=-reach), c.window(x0=reach)):                                    # the arms: at most a strip along each edge
+        r, y = c.r[w], c.y[w]; arm = b.W + .10 + b.fat + .04 * y
+        depth[w] += .85 * _ramp(r - arm, .02) * below[w] * np.sqrt(np.maximum(1 - ((r - arm - .07) / .08) ** 2, 0)) * _ramp(.75 - y, .5)
     if b.breast:
-        d = _distance(c.r - .205, 1.05 * (c.y - .585)) / (.105 + .035 * b.breast)
-        depth = depth + .42 * b.breast * _ramp(1 - d, .10) * np.clip((c.y - .50) / .16, 0, 1)
+        w = c.window(y0=.50); y = c.y[w]
+        d = _distance(c.r[w] - .205, 1.05 * (y - .585)) / (.105 + .035 * b.breast)
+        depth[w] += .42 * b.breast * _ramp(1 - d, .10) * np.clip((y - .50) / .16, 0, 1)
     return depth
 
-def _compose(c: Canvas, fracture: Finding | None = None, amount: float = 0.) -> np.ndarray:
-    "[n, n] optical depth of the healthy chest (and broken ribs). Fills the layers of the canvas that findings need."
+# %% ../../nbs/data/14_phantom.ipynb #ca6fa0d7
+def _depth(c: Canvas, fracture: Finding | None, amount: float) -> np.ndarray:
+    "Optical depth of the healthy chest (and broken ribs) on the grid of `c`. Fills the layers that findings need."
     b = c.body
     _lungs(c); _heart(c); _vessels(c)
-    lung = c.lung['right'] + c.lung['left']
-    D = _soft_tissue(c) * (1 + .035 * c.clutter * c.noise(7))
+    D = _soft_tissue(c); D *= c.grain['tissue']
     c.air = 1.62 * b.air * c.depth * (1 - .88 * c.heart_depth)                            # what the lung takes away, and what fluid can give back
-    core = _ramp(b.med + .012 - c.r, .040) * _ramp(c.y - .12, .2)
-    D += -c.air + .50 * c.heart_depth + .34 * core
-    knob = np.sqrt(np.maximum(_ellipse(c, b.med + .2 * b.aorta - .012, b.carina - .040, b.aorta + .006, b.aorta + .010), 0))
-    descend = _ramp(.020 - np.abs(c.x - b.med + .014), .014) * _ramp(c.y - b.carina + .03, .04)
-    D += .55 * knob + .20 * descend
-    D -= .44 * _airways(c)
+    organs = .50 * c.heart_depth; organs -= c.air
+    w = c.window(-b.med - .04, b.med + .04, .01); organs[w] += .34 * (_ramp(b.med + .012 - c.r[w], .040) * _ramp(c.y[w] - .12, .2))
+    D += organs
+    knob = (b.med + .2 * b.aorta - .012, b.carina - .040, b.aorta + .006, b.aorta + .010); w = _around(c, [knob])
+    aorta = np.zeros_like(D); aorta[w] = .55 * np.sqrt(np.maximum(_ellipse(c, *knob, at=w), 0))
+    w = c.window(b.med - .05, b.med + .03, b.carina - .06); aorta[w] += .20 * (_ramp(.020 - np.abs(c.x[w] - b.med + .014), .014) * _ramp(c.y[w] - b.carina + .03, .04))
+    D += aorta
+    w, air = _airways(c); D[w] -= .44 * air
     hx = {s: np.exp(-.5 * (((c.x - x) / .026) ** 2 + ((c.y - y) / .042) ** 2)) for s, (x, y) in c.hilum.items()}
-    full = np.clip(1 + .30 * c.clutter * c.rng.standard_normal(), .4, 1.9)                 # vessels differ in fullness without being diseased
-    D += .40 * full * (hx['right'] + hx['left']) + .40 * full * c.vessel
+    D += .40 * c.full * (hx['right'] + hx['left']) + .40 * c.full * c.vessel
     D += _bones(c, fracture, amount)
-    below = _ramp(c.y - c.floor, .012)                                                     # abdomen: the liver is denser than the bowel
-    D += below * (.22 * _ramp(.02 - c.x, .10) + .10 * c.clutter * c.noise(9) * (c.x > -.02))
-    c.bubble = (.17, b.dome['left'] + .055)
-    gas = np.sqrt(np.maximum(_ellipse(c, *c.bubble, .055 + .025 * b.bubble, .030 + .022 * b.bubble, -.25), 0)) * below
-    D -= 1.0 * b.bubble * gas
-    D += lung * c.clutter * (.030 * c.noise(24) + .018 * c.noise(48))
-    return np.maximum(D, 0.)
+    w = c.window(y0=min(b.dome.values()) - .02); x, below = c.x[w], _ramp(c.y[w] - c.floor[w], .012)   # abdomen: the liver is denser than the bowel
+    D[w] += below * (.22 * _ramp(.02 - x, .10) + c.grain['bowel'][w] * (x > -.02))
+    gas = np.sqrt(np.maximum(_ellipse(c, .17, b.dome['left'] + .055, .055 + .025 * b.bubble, .030 + .022 * b.bubble, -.25, at=w), 0)) * below
+    D[w] -= 1.0 * b.bubble * gas
+    D += (c.lung['right'] + c.lung['left']) * c.clutter * c.grain['lung']
+    return np.maximum(D, 0., out=D)
 
-# %% ../../nbs/data/14_phantom.ipynb #32e307b1
+_LAYERS = ('q', 'edge', 'heart', 'vessel', 'air', 'rib_phase', 'clavicle')                  # what findings and boxes read, besides `lung`
+
+def _compose(c: Canvas, fracture: Finding | None = None, amount: float = 0.) -> np.ndarray:
+    "[n, n] optical depth of the healthy chest, and the layers of the canvas, made band by band."
+    _draw_texture(c)
+    D = np.empty_like(c.x); c.lung = {side: np.empty_like(D) for side in ('right', 'left')}
+    for name in _LAYERS: setattr(c, name, np.empty_like(D))
+    for rows, band in c.bands():
+        D[rows] = _depth(band, fracture, amount)
+        for name in _LAYERS: getattr(c, name)[rows] = getattr(band, name)
+        for side, layer in c.lung.items(): layer[rows] = band.lung[side]
+        c.hilum = band.hilum
+        if fracture is not None: c.break_at = band.break_at
+    return D
+
+# %% ../../nbs/data/14_phantom.ipynb #3c46116d
 def _spot(c: Canvas, f: Finding, place: str, k: int = 0) -> tuple[float, float]:
     "A point inside the region `place` (a zone, an apex) in body coordinates, fixed by the finding's own numbers."
     b = c.body; side, sign = ('right', -1) if place.startswith('right') else ('left', 1)
@@ -413,9 +490,11 @@ def _spot(c: Canvas, f: Finding, place: str, k: int = 0) -> tuple[float, float]:
 def _patch(c: Canvas, f: Finding, place: str, ax: float, ay: float, edge: float, rough: float, k: int = 0) -> np.ndarray:
     "A blob 0..1 with an irregular rim of softness `edge`, inside the lung."
     x, y = _spot(c, f, place, k); side = place.split()[0]
-    g = _ellipse(c, x, y, ax, ay, .6 * (f.shape[2] - .5)) + rough * c.noise(14)
-    g = np.where(_ellipse(c, x, y, 2 * ax, 2 * ay) > 0, g, -1)
-    return _ramp(g - .25, edge) * c.lung[side]
+    out, w = np.zeros_like(c.x), _around(c, [(x, y, 2 * ax, 2 * ay)])
+    g = _ellipse(c, x, y, ax, ay, .6 * (f.shape[2] - .5), at=w) + rough * c.noise(14)[w]
+    g = np.where(_ellipse(c, x, y, 2 * ax, 2 * ay, at=w) > 0, g, -1)
+    out[w] = _ramp(g - .25, edge) * c.lung[side][w]
+    return out
 
 # %% ../../nbs/data/14_phantom.ipynb #3d78ec27
 def _opacity(c: Canvas, f: Finding, a: float) -> np.ndarray:
@@ -544,31 +623,45 @@ _PAINT: dict[str, Callable] = {'lung opacity': _opacity, 'consolidation': _conso
     'pleural effusion': _effusion, 'pneumothorax': _pneumothorax, 'nodule': _nodule, 'mass': _mass, 'fibrosis': _fibrosis, 'pleural thickening': _thickening,
     'fracture': _fracture, 'hiatal hernia': _hernia, 'granuloma': _granuloma, 'support device': _device}
 
-# %% ../../nbs/data/14_phantom.ipynb #b288c6d6
-def _film(c: Canvas, D: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    "uint8 [n, n] from optical depth: scatter, quantum noise, logarithm, window, collimation."
+# %% ../../nbs/data/14_phantom.ipynb #d88faa21
+def _expose(c: Canvas, D: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    "[n, n] optical depth as the detector measures it: scatter, blur, quantum noise."
     b = c.body
     scatter = {'thin': .16, 'average': .22, 'large': .30}[b.habitus] + .05 * (b.view == 'AP'); photons = {'thin': 30e3, 'average': 22e3, 'large': 14e3}[b.habitus]
-    I = np.exp(-D); pool, spread = _blur(.055, c.n)
-    I = (1 - scatter) * I + scatter * .8 * (spread @ (pool @ I @ pool.T) @ spread.T)
-    I = gaussian_filter(I, (.0032 + .0012 * (b.view == 'AP')) * c.n, mode='nearest', truncate=3)   # focal spot and detector
-    I = I + noise * np.sqrt(I / photons) * rng.standard_normal(I.shape) * (c.n / 128) ** .5   # smaller pixels catch fewer photons; exposure makes up for half of it
-    D = -np.log(np.maximum(I, 2e-3))
+    I = np.negative(D); np.exp(I, out=I); pool, spread = _blur(.055, c.n)
+    blurred = spread @ (pool @ I @ pool.T) @ spread.T; blurred *= scatter * .8; I *= 1 - scatter; I += blurred
+    gaussian_filter(I, (.0032 + .0012 * (b.view == 'AP')) * c.n, mode='nearest', truncate=3, output=I)   # focal spot and detector
+    grains = np.divide(I, photons, out=blurred); np.sqrt(grains, out=grains); grains *= noise; grains *= rng.standard_normal(I.shape); grains *= (c.n / 128) ** .5
+    I += grains                                                                          # smaller pixels catch fewer photons; exposure makes up for half of it
+    np.maximum(I, 2e-3, out=I)
+    return np.negative(np.log(I, out=I), out=I)
+
+def _film(c: Canvas, D: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    "uint8 [n, n] from optical depth: exposure, window, collimation."
+    b, D = c.body, _expose(c, D, noise, rng)
     inner = D[c.n // 8: -c.n // 8, c.n // 8: -c.n // 8]
     lo, hi = np.percentile(inner, (2, 98))
     lo, hi = lo - .34 - .08 * rng.standard_normal(), hi + .08 * rng.standard_normal()
-    out = np.clip((D - lo) / (hi - lo), 0, 1) ** float(np.clip(rng.normal(1.0, .08), .75, 1.25))
+    out = D; out -= lo; out /= hi - lo; np.clip(out, 0, 1, out=out); out **= float(np.clip(rng.normal(1.0, .08), .75, 1.25))
     top, bottom, left, right = (int(round(v * c.n)) for v in b.collimation)
     out[:top] = 0; out[c.n - bottom:] = 0; out[:, :left] = 0; out[:, c.n - right:] = 0
-    return np.round(255 * (.02 + .98 * out) * (1 - .03 * rng.random())).astype(np.uint8)
+    out *= .98; out += .02; out *= 255; out *= 1 - .03 * rng.random()
+    return np.rint(out, out=out).astype(np.uint8)
 
+# %% ../../nbs/data/14_phantom.ipynb #a2913346
 @dataclass
 class Rendering:
     "A finished picture with its canvas and, per finding, where it changed the optical depth."
     image: np.ndarray; canvas: Canvas; changes: list[np.ndarray | None]; depth: np.ndarray
 
+@lru_cache(maxsize=1)
+def _keep_memory() -> None:
+    "Allocates and frees 31 MB, once: glibc then keeps freed blocks for the next layers instead of handing them back to the system, which costs a quarter of the time at 512 pixels (mallopt(3): `M_MMAP_THRESHOLD` adapts, up to 32 MB)."
+    np.empty(31 << 20, np.uint8)
+
 def render(body: Body, findings: list[Finding], size: int, rng: np.random.Generator, noise: float = 1., clutter: float = 1., contrast: float = 1.) -> Rendering:
     "Draw `findings` into `body`: optical depths add up, then the film is exposed. Findings of shape are already in `body`."
+    _keep_memory()
     film = np.random.default_rng(int(rng.integers(2 ** 62)))             # its own stream: a finding does not change the noise elsewhere
     c = Canvas(body, size, rng, clutter); broken = _side_findings(findings, 'fracture')
     D = _compose(c, broken, min(1., (.35 + .65 * broken.severity) * contrast) if broken else 0.)
@@ -576,7 +669,7 @@ def render(body: Body, findings: list[Finding], size: int, rng: np.random.Genera
     for f in findings:
         paint = _PAINT.get(f.entity)
         changes.append(None if paint is None else paint(c, f, float(np.interp(f.severity, (0, 1), CONTRAST[f.entity])) * contrast))
-        if changes[-1] is not None: D = D + changes[-1]
+        if changes[-1] is not None: D += changes[-1]
     return Rendering(_film(c, np.maximum(D, 0), noise, film), c, changes, D)
 
 # %% ../../nbs/data/14_phantom.ipynb #cfabf20a

@@ -59,7 +59,7 @@ def _make_shard(task: list[tuple[Path, str]], folder: Path, size: int) -> tuple[
     write_json(folder/f'{name}.json', [{'sha256': k, 'width': fr.width, 'height': fr.height, 'crc': zlib.crc32(x)} for k, x, fr in good])
     return name, broken
 
-# %% ../../nbs/data/39_picture_cache.ipynb #3f68afdc
+# %% ../../nbs/data/39_picture_cache.ipynb #a640fc03
 class PictureCache:
     "Squares of picture files on disk. `cache[path]` is (uint8 [size, size], `Frame`); `batch(paths)` is ([B, size, size], frames)."
     def __init__(self, folder: str | Path, # shared by runs, workers and ranks
@@ -73,15 +73,6 @@ class PictureCache:
         self.known: dict[str, dict[tuple[int, int], str]] = {}          # path: (size, time) that were seen: content
         self._maps: dict[str, np.ndarray] = {}
         self._read_lists()
-
-    def _read_lists(self) -> None:
-        "Take in shards and path lists that are there, also those that others have written since."
-        for p in sorted(self.folder.glob('*.json')):
-            try: rows = read_json(p)
-            except GKError: continue                                        # half a list of a broken disk: its pictures are made again
-            if p.name.startswith('paths-'):
-                for k, (n, mtime, content) in rows.items(): self.known.setdefault(k, {})[n, mtime] = content
-            elif (self.folder/f'{p.stem}.npy').is_file(): self.rows |= {r['sha256']: (p.stem, i, r['width'], r['height'], r['crc']) for i, r in enumerate(rows)}
 
     def __getstate__(self): return {**self.__dict__, '_maps': {}}
     def __len__(self) -> int: return len(self.rows)
@@ -98,15 +89,29 @@ class PictureCache:
         key = self._key(Path(path))
         if not key: raise GKError(f'{path}: not in the cache {self.folder}', 'Call add() first; the file may have changed since.')
         shard, row, width, height, crc = self.rows[key]
-        if shard not in self._maps: self._maps[shard] = np.load(self.folder/f'{shard}.npy', mmap_mode='r', allow_pickle=False)
-        x = np.array(self._maps[shard][row])
+        try:
+            if shard not in self._maps: self._maps[shard] = np.load(self.folder/f'{shard}.npy', mmap_mode='r', allow_pickle=False)
+            x = np.array(self._maps[shard][row])
+        except (OSError, ValueError, IndexError) as err: raise GKError(f'{self.folder/shard}.npy: cannot be read ({err})', 'Remove this file; it is made again.') from err
         if zlib.crc32(x) != crc: raise GKError(f'{self.folder/shard}.npy: row {row} fails its checksum', 'Remove this file; it is made again.')
         return x, Frame(width, height, self.size)
 
-    def batch(self, paths: Sequence[str | Path]) -> tuple[np.ndarray, list[Frame]]:
-        "(uint8 [B, size, size], frames) of files that `add` has taken in."
-        found = [self[p] for p in paths]
-        return np.stack([x for x, _ in found]), [f for _, f in found]
+# %% ../../nbs/data/39_picture_cache.ipynb #3c967cc2
+@patch
+def _read_lists(self: PictureCache) -> None:
+    "Take in shards and path lists that are there, also those that others have written since."
+    for p in sorted(self.folder.glob('*.json')):
+        try: rows = read_json(p)
+        except GKError: continue                                        # half a list of a broken disk: its pictures are made again
+        if p.name.startswith('paths-'):
+            for k, (n, mtime, content) in rows.items(): self.known.setdefault(k, {})[n, mtime] = content
+        elif (self.folder/f'{p.stem}.npy').is_file(): self.rows |= {r['sha256']: (p.stem, i, r['width'], r['height'], r['crc']) for i, r in enumerate(rows)}
+
+@patch
+def batch(self: PictureCache, paths: Sequence[str | Path]) -> tuple[np.ndarray, list[Frame]]:
+    "(uint8 [B, size, size], frames) of files that `add` has taken in."
+    found = [self[p] for p in paths]
+    return np.stack([x for x, _ in found]), [f for _, f in found]
 
 # %% ../../nbs/data/39_picture_cache.ipynb #1d2ae80b
 @patch

@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .images import load_image
 from .study import Study, check_splits, picture_hash, split_by_patient, study_to_dict, validate
 from .tables import read_json
 from ..paths import GKError, atomic_write, read_text, write_json
 
-# %% ../../nbs/data/19_registry.ipynb #8b26635f
+# %% ../../nbs/data/19_registry.ipynb #535f0b6d
 @dataclass(frozen=True)
 class Entry:
     "A registered data set: its loader (or 'module:function'), and whether its splits keep patients apart ('patient') or only questions ('question')."
@@ -42,10 +42,12 @@ _REGISTRY: dict[str, Entry] = {e.name: e for e in (
     Entry('table', 'gk_mvlp.data.folders:load_table'),
     Entry('folder', 'gk_mvlp.data.folders:load_folder'),
     Entry('mimic_cxr', 'gk_mvlp.data.mimic_cxr:load_mimic_cxr'),
+    Entry('imagenome_gold', 'gk_mvlp.data.mimic_cxr:load_imagenome_gold'),
     Entry('iu_xray', 'gk_mvlp.data.iu_xray:load_iu_xray'),
     Entry('slake', 'gk_mvlp.data.slake:load_slake'),
     Entry('vqa_rad', 'gk_mvlp.data.vqa_rad:load_vqa_rad', split_by='question'))}
 
+# %% ../../nbs/data/19_registry.ipynb #4b6169ff
 def dataset_names() -> list[str]:
     "All names that `load_dataset` knows."
     return sorted(_REGISTRY)

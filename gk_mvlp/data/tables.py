@@ -17,12 +17,12 @@ from pathlib import Path, PurePosixPath
 from .study import Study
 from ..paths import GKError, read_text
 
-# %% ../../nbs/02_tables.ipynb #945bd1d6
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
+# %% ../../nbs/02_tables.ipynb #14108dac
+def _rows(path: Path, delimiter: str = ',') -> list[tuple[int, list[str]]]:
     "(line number, fields) of all non-empty rows of a CSV file."
     text = read_text(path)
     if '\0' in text: raise GKError(f'{path}: holds zero bytes, so it is not a text table', 'Copy or export it again as UTF-8 CSV.')
-    reader = csv.reader(io.StringIO(text, newline=''), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, strict=True)
     try: rows = [(reader.line_num, r) for r in reader if any(c.strip() for c in r)]
     except csv.Error as err: raise GKError(f'{path}: line {reader.line_num}: not valid CSV ({err})', 'Check the quotes around this line.') from err
     if not rows: raise GKError(f'{path}: the table is empty', 'Copy or export it again.')
@@ -31,10 +31,11 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
 def read_table(path: Path, # UTF-8 CSV; byte-order mark and Windows line ends are fine
                columns: Sequence[str], # columns that must be there
                by_position: bool = False, # True: `columns` are all the columns, in order; the header is only checked for its first name
-               unique: str = '' # a column whose values may not repeat
+               unique: str = '', # a column whose values may not repeat
+               delimiter: str = ',' # '\t' for tab-separated files
                ) -> list[dict[str, str]]:
     "Rows as dicts of stripped text with the line number under `''`, or a `GKError` that names the file, the line and the column."
-    (_, header), *rows = _rows(path)
+    (_, header), *rows = _rows(path, delimiter)
     header = [c.strip() for c in header]
     if by_position:
         if header[0] != columns[0]: raise GKError(f'{path}: the header starts with {header[0]!r}, not {columns[0]!r}', 'Keep the official header line.')

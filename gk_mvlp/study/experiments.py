@@ -57,7 +57,7 @@ def detector_configs(settings: dict, seed: int) -> tuple[DetectorConfig, TrainCo
     return from_params(DetectorConfig, section, 'preset, section detector'), *train_config(train, 'detector.train', seed)
 
 # %% ../../nbs/study/61_experiments.ipynb #1f9120ea
-def cache_dir() -> Path: "Pictures of phantoms and regions found by detectors: safe to delete."; return runs_dir()/'cache'
+def cache_dir() -> Path: "Pictures of phantoms, squares of picture files, regions found by detectors: safe to delete."; return runs_dir()/'cache'
 
 def load_studies(settings: dict, dataset: str, data: str = '') -> tuple[list[Study], str]:
     "Studies of a data set with splits, and their fingerprint."
@@ -86,9 +86,9 @@ def study_set(studies: Sequence[Study], split: str, tokenizer, detector, config:
     if not chosen: raise GKError(f'no studies with a report in split {split!r}', 'Use a larger data set.')
     return StudySet(chosen, tokenizer, config.image_size, config.max_length, detector if config.region_source == 'detector' else None, cache_dir(), strength, seed)
 
-# %% ../../nbs/study/61_experiments.ipynb #a6f908af
+# %% ../../nbs/study/61_experiments.ipynb #0b206f02
 def _arrays(studies: Sequence[Study], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    images, frames = load_pictures(studies, size)
+    images, frames = load_pictures(studies, size, cache_dir=cache_dir())
     return images, *true_regions(studies, frames)
 
 def fit_detector(studies: Sequence[Study], config: DetectorConfig, train: TrainConfig, strength: float, run: Path) -> RegionDetector:

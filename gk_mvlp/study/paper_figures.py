@@ -104,7 +104,7 @@ def low_data(self: FigureJob) -> plt.Figure:
     fig.tight_layout()
     return self._save(fig, 'low_data', ' '.join(t['runs']).split())
 
-# %% ../../nbs/study/66_paper_figures.ipynb #a52c71fa
+# %% ../../nbs/study/66_paper_figures.ipynb #0cdbe0ac
 @patch
 def _pictures(self: FigureJob, n: int) -> list:
     "The first `n` test studies (with a report) of the pre-training data."
@@ -117,7 +117,7 @@ def regions(self: FigureJob) -> plt.Figure | None:
     "Test pictures with predicted regions; annotated regions dotted white."
     studies = self._pictures(4)
     if not studies: return None
-    images, frames = load_pictures(studies, self.preset.model['image_size'])
+    images, frames = load_pictures(studies, self.preset.model['image_size'], cache_dir=cache_dir())
     fig = plot_regions(images, *detect(load_detector(str(self.runs/'detector')), images), *true_regions(studies, frames), titles=[f'{self.preset.pretrain_dataset}, {s.view or "frontal"}' for s in studies])
     return self._save(fig, 'regions', ['detector'])
 

@@ -70,13 +70,13 @@ class TaskRun:
         "A split as tensors, augmented for training only."
         return StudySet(self.part[split], tokenizer, self.size, detector=self.detector, cache_dir=cache_dir(), seed=self.seed, augment_strength=self.strength if split == 'train' else 0., **options)
 
-# %% ../../nbs/study/67_task_runs.ipynb #ff2998ac
+# %% ../../nbs/study/67_task_runs.ipynb #7ba5a4f4
 def _maps(r: TaskRun, make: Callable[[str], dict[str, np.ndarray]], # split -> {protocol: maps [N, C, g, g]}
           names: Sequence[str]) -> pd.DataFrame:
     "`map_frame`s of validation and test; empty where no test study has a box."
     out = []
     for k in ('val', 'test'):
-        boxes = finding_boxes(r.part[k], load_pictures(r.part[k], r.size)[1])
+        boxes = finding_boxes(r.part[k], load_pictures(r.part[k], r.size, cache_dir=cache_dir())[1])
         out += [map_frame(r.part[k], boxes, m, names, method=r.method if r.method != BASELINE else p, protocol=p) for p, m in make(k).items()]
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 
@@ -90,7 +90,7 @@ def run_zero_shot(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     if r.method == BASELINE:
         rate = np.nanmean(label_matrix(r.part['train'], names)[0], 0)
         for k in ('val', 'test'): keep(k, 'constant', np.tile(rate, (len(y[k]), 1)), 'constant')
-        prior = finding_boxes(r.part['train'], load_pictures(r.part['train'], r.size)[1])
+        prior = finding_boxes(r.part['train'], load_pictures(r.part['train'], r.size, cache_dir=cache_dir())[1])
         maps = lambda k: {p: prior_maps(p, found, grid, len(r.part[k]), prior) for p in ('uniform', 'centre', 'train_prior')}
     else:
         model = r.model(); data = {k: r.pictures(k) for k in ('val', 'test')}
@@ -102,12 +102,12 @@ def run_zero_shot(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     if found: _maps(r, maps, found).to_parquet(run/'maps.parquet', index=False)
     return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/study/67_task_runs.ipynb #7f462ccc
+# %% ../../nbs/study/67_task_runs.ipynb #1c51e033
 def run_localization(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     "The table of `detection_frame` for the test split, one per method."
     options = from_params(LocalizationConfig, r.settings.get('localization', {}), 'preset, section localization')
     if r.method == BASELINE: return detection_frame(r.part['test'], constant_boxes(r.part['train'], r.names, len(r.part['test'])), r.names).assign(method='constant', protocol='constant')
-    sets = {k: BoxSet(v, r.names, r.size, r.strength if k == 'train' else 0., r.seed) for k, v in r.part.items()}
+    sets = {k: BoxSet(v, r.names, r.size, r.strength if k == 'train' else 0., r.seed, cache_dir=cache_dir()) for k, v in r.part.items()}
     net, _ = fit_localization(r.model().image_encoder, sets['train'], sets['val'], options, replace(config, lr_scale={f'net.backbone.{k}': v for k, v in config.lr_scale.items()}), run)
     return detection_frame(r.part['test'], net.detect(sets['test']), r.names).assign(method=r.method, protocol='frozen' if options.frozen else 'finetune')
 

@@ -30,14 +30,16 @@ from ..paths import GKError
 from ..training.batches import load_pictures
 from ..training.trainer import TrainConfig, Trainer, step_generator
 
-# %% ../../nbs/tasks/42_localization.ipynb #02bdd1e4
+# %% ../../nbs/tasks/42_localization.ipynb #c1083db1
 class BoxSet(Dataset):
     "Pictures and their finding boxes as tensors; `data[list of indices]` is a batch."
     def __init__(self, studies: Sequence[Study], names: Sequence[str], # findings, in the order of their class numbers from 1
-                 image_size: int = 64, augment_strength: float = 0., seed: int = 0, progress: bool = True):
+                 image_size: int = 64, augment_strength: float = 0., seed: int = 0, progress: bool = True,
+                 cache_dir: str | Path | None = None # for squares of picture files
+                 ):
         if not studies: raise GKError('no studies', 'Check the split and the filters.')
         self.studies, self.names, self.strength, self.seed, self.epoch = list(studies), tuple(names), augment_strength, seed, 0
-        images, self.frames = load_pictures(studies, image_size, progress)
+        images, self.frames = load_pictures(studies, image_size, progress, cache_dir)
         self.images = torch.from_numpy(images)
         number = {n: i + 1 for i, n in enumerate(names)}
         rows = [[(number[b.entity], b.box) for b in s.findings if b.entity in number] for s in studies]
