@@ -53,8 +53,8 @@ docs: $(STAMP) ## build the documentation site, offline: _docs/index.html
 demo: $(STAMP) ## a page to try a model on: http://127.0.0.1:7860 (DATA: X-rays to pick from)
 	@$(BIN)/gk-mvlp demo --pictures "$(DATA)"
 
-bench: $(STAMP) ## speed beside yardsticks, on a quiet machine: benchmarks/results
-	@$(BIN)/python benchmarks/pretrain_step.py
+bench: $(STAMP) ## speed beside yardsticks, on a quiet machine: benchmarks/results (BENCH="images phantom": only these)
+	@$(BIN)/python benchmarks/all.py $(BENCH)
 
 tensorboard: $(STAMP) ## loss curves of all runs
 	@$(BIN)/tensorboard --logdir runs

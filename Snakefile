@@ -4,8 +4,9 @@
 import json
 
 from gk_mvlp.config import load_preset
-from gk_mvlp.study.launch import classification_jobs, pretrained, task_jobs
+from gk_mvlp.study.launch import classification_jobs, pretrained, probing_jobs, task_jobs
 from gk_mvlp.study.run import stage_sources
+from gk_mvlp.study.variants import method_settings
 
 PRESET, DATA = config["preset"], config.get("data") or ""     # "data=" on the command line arrives as None
 RUNS, RESULTS = config["runs"], config["results"]
@@ -15,11 +16,16 @@ PUBLISHED = expand("paper_results/published/{f}.csv", f=glob_wildcards("paper_re
 RUN = "OMP_NUM_THREADS={threads} python -m gk_mvlp.study.run {input.nb} $(dirname {output[0]}) --label {params.label:q} --params {params.p:q}"
 
 wildcard_constraints:
-    objective="[a-z_]+", seed=r"\d+", dataset="[a-z_]+", method="[a-z_]+", ratio=r"[\d.]+"
+    seed=r"\d+", dataset="[a-z_]+", method=r"[a-z_]+(-[a-z\d_.]+)?", ratio=r"[\d.]+"
 
 def given(**params):
     "A job's notebook parameters as JSON."
     return json.dumps({"preset": PRESET, "data": DATA, **params})
+
+def settings_of(method):
+    "What a variant changes, as notebook parameters."
+    overrides = method_settings(P, method)[1]
+    return {"overrides": overrides} if overrides else {}
 
 def model_of(w):
     "The folder of a method's pre-trained model; '' for a method without pre-training."
@@ -40,11 +46,11 @@ rule detector:
 
 rule pretrain:
     input: nb="nbs/experiments/71_pretrain.ipynb", detector=f"{DETECTOR}/metrics.json", lib=stage_sources("pretrain")
-    output: f"{RUNS}/pretrain/{{objective}}-s{{seed}}/metrics.json"
+    output: f"{RUNS}/pretrain/{{method}}-s{{seed}}/metrics.json"
     params:
-        label=lambda w: f"pretrain {w.objective}, seed {w.seed}",
-        p=lambda w: given(objective=w.objective, seed=int(w.seed), detector=DETECTOR),
-        settings=json.dumps([P.data, P.model, P.pretrain, P.pretrain_dataset, P.dataset_options.get(P.pretrain_dataset)])
+        label=lambda w: f"pretrain {w.method}, seed {w.seed}",
+        p=lambda w: given(objective=method_settings(P, w.method)[0], seed=int(w.seed), detector=DETECTOR, **settings_of(w.method)),
+        settings=json.dumps([P.data, P.model, P.pretrain, P.pretrain_dataset, P.pretrain_ratio, P.dataset_options.get(P.pretrain_dataset)])
     shell: RUN
 
 rule classification:
@@ -68,6 +74,15 @@ rule task:
         settings=lambda w: json.dumps([P.data, P.model, P.finetune, P.localization, P.generation, P.dataset_options.get(w.dataset)])
     shell: RUN
 
+rule probing:
+    input: needs_model, nb="nbs/experiments/78_probing.ipynb", detector=f"{DETECTOR}/metrics.json", lib=stage_sources("probing")
+    output: f"{RUNS}/probing/{{dataset}}-{{method}}-s{{seed}}/metrics.json"
+    params:
+        label=lambda w: f"probing {w.method} on {w.dataset}, seed {w.seed}",
+        p=lambda w: given(dataset=w.dataset, method=w.method, seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w), **settings_of(w.method)),
+        settings=json.dumps([P.data, P.model, P.probing, P.ratios])
+    shell: RUN
+
 CLASSIFICATION = [f"{RUNS}/classification/{j}/metrics.json" for j in classification_jobs(P)]
 
 rule tables:
@@ -82,6 +97,12 @@ rule task_tables:
     params: label="tables of the tasks", p=given(runs=RUNS, results=RESULTS)
     shell: RUN
 
+rule study:
+    input: [f"{RUNS}/probing/{j}/metrics.json" for j in probing_jobs(P)], rules.tables.output, rules.task_tables.output if P.tasks else [], nb="nbs/paper/97_study.ipynb", lib=stage_sources("paper")
+    output: f"{RUNS}/study/metrics.json"
+    params: label="ablations, robustness, grounding, subgroups, scaling", p=given(runs=RUNS, results=RESULTS)
+    shell: RUN
+
 rule figures:
     input: rules.tables.output, nb="nbs/paper/91_figures.ipynb", lib=stage_sources("paper")
     output: f"{RUNS}/figures/metrics.json"
@@ -89,6 +110,6 @@ rule figures:
     shell: RUN
 
 rule manifest:
-    input: rules.tables.output, rules.figures.output, rules.task_tables.output if P.tasks else []
+    input: rules.tables.output, rules.figures.output, rules.task_tables.output if P.tasks else [], rules.study.output if P.probing else []
     output: f"{RESULTS}/manifest.json"
     shell: "python -m gk_mvlp.study.collect {RUNS} {RESULTS}"

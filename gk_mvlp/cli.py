@@ -70,3 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print('stopped; the same command continues', file=sys.stderr)
         return 130
+
+# %% ../nbs/study/63_cli.ipynb #6f1d014b
+#| eval: false
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

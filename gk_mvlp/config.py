@@ -56,7 +56,7 @@ def from_params(cls, # a dataclass
     if missing: raise GKError(f'{where}: parameter {missing[0]!r} is missing', f'Give it as {type_name(known[missing[0]])}.')
     return cls(**params)
 
-# %% ../nbs/01_config.ipynb #5d9f1fac
+# %% ../nbs/01_config.ipynb #4d648131
 @dataclasses.dataclass(frozen=True)
 class Preset:
     "A study: which data, which model, which runs."
@@ -67,6 +67,7 @@ class Preset:
     pretrain: dict                               # TrainConfig fields
     finetune: dict                               # TrainConfig fields
     pretrain_dataset: str = 'phantom'
+    pretrain_ratio: float = 100.                 # per cent of the training patients whose reports pre-train
     classification: tuple[str, ...] = ('phantom',) # data sets
     dataset_options: dict[str, dict] = dataclasses.field(default_factory=dict) # data set -> arguments of load_dataset: fractions of its splits, layout, ...
     tasks: dict[str, list] = dataclasses.field(default_factory=dict) # zero_shot, localization, report_generation, vqa: data sets
@@ -77,6 +78,9 @@ class Preset:
     methods: tuple[str, ...] = ('scratch', 'itc_itm_lm', 'gk')
     ratios: tuple[float, ...] = (10., 100.)      # per cent of the labelled patients
     seeds: tuple[int, ...] = (0,)
+    ablations: dict[str, dict] = dataclasses.field(default_factory=dict) # name: what differs from gk; the method is called gk-<name>
+    sweeps: dict[str, dict] = dataclasses.field(default_factory=dict)    # factor: Sweep fields (one setting at several levels)
+    probing: dict = dataclasses.field(default_factory=dict)              # ProbeConfig fields; without them no checkpoint is probed, which ablations and sweeps need
     needs: tuple[str, ...] = ()                  # folders that the data root must hold
     credentialed: bool = False                   # True: no picture, report or id may appear in an executed notebook
 

@@ -24,6 +24,8 @@ def test_enough_positives_have_intervals():
     many = [cell('gk', 8), cell('scratch', 8, seed=1)]; table, comparisons = collect.classification_table(many, 200), collect.comparison_table(many, n_boot=200)
     assert table.loc[table['metric'] == 'auroc', 'low'].notna().all() and len(comparisons) == 1
     assert 'Median width' in collect.markdown_report(table, comparisons, '')
+    inside = table[table['metric'] != 'ece']
+    assert ((inside['low'] <= inside['mean']) & (inside['mean'] <= inside['high'])).all() and len(inside) == 10 and table.loc[table['metric'] == 'ece', ['low', 'high']].isna().all(axis=None)
 
 
 def test_options_of_a_data_set_reach_its_loader(real_data):

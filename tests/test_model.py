@@ -141,6 +141,11 @@ def test_no_valid_region_at_all_is_finite(tok, batch):
         assert torch.isfinite(model.features(b, 'gk')).all() and torch.isfinite(model.features(b, 'roi')).all()
 
 
+def test_image_features_need_nothing_but_pictures(tok, batch):
+    model = make(tok).eval()
+    with torch.no_grad(): assert torch.equal(model.features({'images': batch['images']}), model.features(batch))
+
+
 def test_batch_of_one(tok, batch):
     out = make(tok)({k: v[:1] for k, v in batch.items()})
     out['loss'].backward()

@@ -44,9 +44,9 @@ def test_everything_is_there(study):
     out, said = study
     p = load_preset('smoke')
     results = out/'paper_results/smoke'
-    for name in ('classification', 'classification_classes', 'comparisons', 'detector', 'zero_shot', 'localization', 'report_generation', 'vqa'):
+    for name in ('classification', 'classification_classes', 'comparisons', 'detector', 'zero_shot', 'localization', 'report_generation', 'vqa', 'ablation', 'grounding', 'robustness'):
         for kind in ('csv', 'md', 'tex'): assert (results/f'tables/{name}.{kind}').stat().st_size > 0
-    for name in ('losses', 'roc', 'reliability', 'low_data', 'regions', 'grounding'):
+    for name in ('losses', 'roc', 'reliability', 'low_data', 'regions', 'grounding', 'forest', 'ablations', 'robustness', 'reports'):
         assert (results/f'figures/{name}.pdf').stat().st_size > 0
         picture = np.asarray(Image.open(results/f'figures/{name}.png').convert('L'))
         assert picture.std() > 5, f'{name} is not blank'

@@ -95,13 +95,13 @@ def save_predictor(self: Predictor, folder: str | Path) -> Path:
     save_detector(self.detector, folder/'detector')
     if self.vqa is not None: save_vqa(self.vqa, folder/'vqa')
     write_json(folder/'about.json', self.about)
-    with atomic_write(folder/'README.md') as f: f.write(card)
     self.model.save_pretrained(folder)
+    with atomic_write(folder/'README.md') as f: f.write(card)               # more than the model's own card
     (folder/'model.safetensors').chmod(0o644)
     return folder
 Predictor.save_pretrained = save_predictor
 
-# %% ../../nbs/apps/81_release.ipynb #ea36bb53
+# %% ../../nbs/apps/81_release.ipynb #62f4bf35
 class PictureClassifier(nn.Module):
     "Image encoder and classifiers as one module without text: uint8 [B, S, S] to features [B, 2D], entity_scores [B, E] (and logits [B, C])."
     def __init__(self, model: GKMVLP, classifier: Classifier | None = None):
@@ -110,8 +110,7 @@ class PictureClassifier(nn.Module):
         if classifier is not None and (classifier.kind != 'image' or classifier.model is not model): raise GKError('the classifier does not fit', "Give a Classifier of kind 'image' on this very model.")
         self.image_encoder, self.entity_image_proj, self.head = model.image_encoder, model.entity_image_proj, None if classifier is None else nn.Sequential(classifier.norm, classifier.head)
         with torch.no_grad():
-            e = (model.entity_encoder or model.report_encoder)(model.entity_ids, model.entity_mask)[:, 0]
-            self.register_buffer('entities', F.normalize(model.entity_proj(e), dim=-1) * model.entity_scale.exp().clamp(1, 100))
+            self.register_buffer('entities', F.normalize(model.entity_proj(model.fixed_texts('entity')), dim=-1) * model.entity_scale.exp().clamp(1, 100))
             self.register_buffer('bias', model.entity_bias.detach().clone() if model.config.ecls_form == 'sigmoid' else torch.zeros(len(ENTITY_NAMES)))
         self.eval()
 

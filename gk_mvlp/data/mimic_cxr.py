@@ -6,12 +6,12 @@
 __all__ = ['IMAGENOME_TO_ENTITY', 'FACT_CATEGORIES', 'SCENE_COLUMNS', 'REPORT_COLUMNS', 'split_sections', 'facts_to_entities',
            'parse_scene_graph', 'clip_boxes', 'parse_report', 'load_mimic_cxr', 'load_imagenome_gold']
 
-# %% ../../nbs/data/37_mimic_cxr.ipynb #7e7a4580
+# %% ../../nbs/data/37_mimic_cxr.ipynb #76159ecc
 import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -200,7 +200,17 @@ def _frontal_pictures(base: Path, split_from: str, avoid: bool) -> tuple[Path, l
     gone = _id_list(avoid_path) if avoid and avoid_path.is_file() else set()
     return path, [r for r in meta if r['ViewPosition'] in ('PA', 'AP') and r['dicom_id'] in splits and r['dicom_id'] not in gone], splits, {r['study_id']: r['subject_id'] for r in meta}
 
-# %% ../../nbs/data/37_mimic_cxr.ipynb #e8cf890f
+# %% ../../nbs/data/37_mimic_cxr.ipynb #dc7a946c
+def _chexpert_of(jpg: Path, uncertain: str, blank: str) -> Callable[[Study, str], None]:
+    "A function that puts CheXpert's labels of an examination, where it has any, into a study; the policies hold for training studies only."
+    path, cells = _mimic_table(jpg, 'chexpert', ('subject_id', 'study_id', *CHEXPERT_FINDINGS), 'study_id')
+    cells = {r['study_id']: r for r in cells}
+    def put(s: Study, examination: str) -> None:
+        if (c := cells.get(examination)) is None: return
+        s.labels = chexpert_labels(c, f'{path}: line {c[""]}', *((uncertain, blank) if s.split == 'train' else ('ignore', 'zeros')))[0]
+    return put
+
+# %% ../../nbs/data/37_mimic_cxr.ipynb #9deea6d2
 def load_mimic_cxr(root: str | Path | None = None, # data root that holds mimic_cxr_jpg/, mimic_cxr/ and chest_imagenome/
                    scene_graphs: bool = True, # read Chest ImaGenome; pictures without a graph are then left out
                    sections: tuple[str, ...] = ('findings', 'impression'), # what the report is made of; 'last paragraph' may be added
@@ -224,17 +234,14 @@ def load_mimic_cxr(root: str | Path | None = None, # data root that holds mimic_
         meta = [r for r in meta if r['dicom_id'] in drawn]
     if not meta: raise GKError(f'{meta_path}: no frontal picture with a split{" and a scene graph" if scene_graphs else ""}', 'Check that the three releases belong together.')
     reports = _reports(base, studies, index, bad, workers)          # of all: the index then does not depend on the options
-    chexpert_path, cells = _mimic_table(jpg, 'chexpert', ('subject_id', 'study_id', *CHEXPERT_FINDINGS), 'study_id')
-    cells = {r['study_id']: r for r in cells}
+    labels = _chexpert_of(jpg, uncertain, blank)
     out: dict[str, Study] = {}
     for r in meta:
         report = ' '.join(t for s in sections if (t := reports.get(r['study_id'], {}).get(s)))
         if reports_only and not report: continue
         s = out[r['dicom_id']] = Study(r['dicom_id'], f'mimic-{r["subject_id"]}', jpg/'files'/_folder(r['subject_id'], r['study_id'])/f'{r["dicom_id"]}.jpg', report, split=splits[r['dicom_id']], view=r['ViewPosition'],
                                        attributes={'examination': r['study_id'], 'entities_from': 'report' if graphs is None else 'scene graph'})
-        if r['study_id'] in cells:
-            policy = (uncertain, blank) if s.split == 'train' else ('ignore', 'zeros')
-            s.labels = chexpert_labels(cells[r['study_id']], f'{chexpert_path}: line {cells[r["study_id"]][""]}', *policy)[0]
+        labels(s, r['study_id'])
         if graphs is None and report: s.entities, s.relations = extract_entities(report), extract_relations(report)
     if not out: raise GKError('mimic_cxr: no study with a report in the sections ' + ', '.join(sections), 'Put the reports under mimic_cxr/files/, or pass reports_only=False.')
     rows = {r['dicom_id']: r for r in meta}

@@ -31,7 +31,7 @@ from .knowledge import ENTITIES, ENTITY_NAMES
 from .study import QA, FindingBox, Study, split_by_patient, study_from_dict, study_to_dict, validate
 from ..paths import GKError, runs_dir
 
-# %% ../../nbs/data/14_phantom.ipynb #2a7eca1a
+# %% ../../nbs/data/14_phantom.ipynb #2e31a86c
 @dataclass(frozen=True)
 class PhantomConfig:
     "What a phantom data set is made of. All shares are probabilities in 0..1; the defaults are ours."
@@ -41,6 +41,8 @@ class PhantomConfig:
     two_studies: float = .25      # share of patients with a second study
     normal: float = .40           # share of studies without any finding
     ap: float = .35               # share of AP (bedside) views; the rest are PA
+    women: float = .47            # share of women among patients
+    train_women: float | None = None # the same among training patients; None = no shift. Validation and test stay as they are, byte for byte
     severity: tuple[float, float] = (0., 1.) # range of severities, 0 barely visible, 1 severe
     contrast: float = 1.          # factor on every finding's contrast
     noise: float = 1.             # factor on quantum noise (standard deviation)
@@ -51,8 +53,8 @@ class PhantomConfig:
     splits: tuple[float, float, float] = (.7, .1, .2) # train, val, test, by patient
 
     def __post_init__(self):
-        for k in ('two_studies', 'normal', 'ap', 'label_noise', 'hedging', 'boilerplate'):
-            if not 0 <= getattr(self, k) <= 1: raise GKError(f'PhantomConfig.{k} = {getattr(self, k)!r} is not in 0..1', 'It is a share.')
+        for k in ('two_studies', 'normal', 'ap', 'women', 'train_women', 'label_noise', 'hedging', 'boilerplate'):
+            if getattr(self, k) is not None and not 0 <= getattr(self, k) <= 1: raise GKError(f'PhantomConfig.{k} = {getattr(self, k)!r} is not in 0..1', 'It is a share.')
         for k in ('contrast', 'noise', 'clutter'):
             if not 0 <= getattr(self, k) < 100: raise GKError(f'PhantomConfig.{k} = {getattr(self, k)!r} is negative or not finite', 'Use a factor near 1.')
         if self.n < 1 or self.size < 32: raise GKError(f'PhantomConfig: n={self.n}, size={self.size}', 'n is at least 1 and size at least 32.')
@@ -175,10 +177,10 @@ def _effect(findings: list[Finding], entity: str) -> float:
     f = _side_findings(findings, entity)
     return 0. if f is None else float(np.interp(f.severity, (0, 1), CONTRAST[entity]))
 
-# %% ../../nbs/data/14_phantom.ipynb #54cec839
-def _draw_body(p: np.random.Generator, s: np.random.Generator, ap: bool, visit: int, findings: list[Finding], contrast: float = 1.) -> Body:
+# %% ../../nbs/data/14_phantom.ipynb #71151771
+def _draw_body(p: np.random.Generator, s: np.random.Generator, ap: bool, visit: int, findings: list[Finding], contrast: float = 1., women: float = .47) -> Body:
     "Anatomy from the patient's stream `p`, position and breath from the study's stream `s`, changed by findings of shape."
-    sex = 'FM'[int(p.random() < .53)]; age = int(np.clip(p.normal(57, 17), 18, 92)) + visit
+    sex = 'FM'[int(p.random() < 1 - women)]; age = int(np.clip(p.normal(57, 17), 18, 92)) + visit
     habitus = ('thin', 'average', 'large')[int(p.choice(3, p=(.22, .5, .28)))]; h = {'thin': -1, 'average': 0, 'large': 1}[habitus]
     W = .390 + .014 * (sex == 'M') + .006 * h + p.normal(0, .010); ctr = .438 + .010 * h + .0006 * (age - 57) + p.normal(0, .022)
     apex, lift = .095 + p.normal(0, .010), p.uniform(.012, .040)
@@ -974,15 +976,16 @@ def ask(body: Body, findings: list[Finding], labels: dict[str, int], study_id: s
     out += [pool[i] for i in rng.permutation(len(pool))[:max(want, 1)]]
     return [QA(q, a, t, k, f'{study_id}-q{i}') for i, (q, a, t, k) in enumerate(dict.fromkeys(out))]
 
-# %% ../../nbs/data/14_phantom.ipynb #25a33f7d
+# %% ../../nbs/data/14_phantom.ipynb #d1b0e32a
 def hidden_state(config: PhantomConfig, index: int) -> tuple[Body, list[Finding], dict[str, int]]:
     "(body, findings, labels) of study `index`: what is true before anything is drawn or written."
     if not 0 <= index < config.n: raise GKError(f'study index {index} is outside 0..{config.n - 1}', 'Use an index below config.n.')
-    patient, visit, _ = _layout(config)
+    patient, visit, split = _layout(config)
+    women = config.train_women if split[index] == 'train' and config.train_women is not None else config.women
     s = _rng(config, _STUDY, index)
     ap = bool(s.random() < config.ap)
     findings = _draw_findings(config, s, ap)
-    body = _draw_body(_rng(config, _PATIENT, int(patient[index])), s, ap, int(visit[index]), findings, config.contrast)
+    body = _draw_body(_rng(config, _PATIENT, int(patient[index])), s, ap, int(visit[index]), findings, config.contrast, women)
     shown = {f.entity for f in findings}
     labels = {e: int(e in shown or (e == 'lung opacity' and bool(shown & set(OPACITY_CHILDREN)))) for e in ENTITY_NAMES}
     return body, findings, labels

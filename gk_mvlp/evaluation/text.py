@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NLG_METRICS', 'CLINICAL_METRICS', 'words', 'TextCounts', 'check_texts', 'count_texts', 'has_java', 'meteor_counts',
-           'meteor_score', 'nlg_values', 'peer_references', 'stated_entities', 'clinical_values', 'report_frame',
-           'report_metrics']
+           'meteor_score', 'nlg_values', 'peer_references', 'stated_entities', 'clinical_values', 'outside_values',
+           'report_frame', 'report_metrics']
 
 # %% ../../nbs/evaluation/54_text.ipynb #c0f80dca
 import re
@@ -148,7 +148,19 @@ def clinical_values(candidate: np.ndarray, reference: np.ndarray, # bool [N, E]
     return {'clinical_precision': np.nan_to_num(_over(TP, TP + FP)), 'clinical_recall': _over(TP, TP + FN), 'clinical_f1': _over(2 * TP, 2 * TP + FP + FN),
             'clinical_macro_precision': mean(_over(tp, tp + fp)), 'clinical_macro_recall': mean(_over(tp, tp + fn)), 'clinical_macro_f1': mean(_over(2 * tp, 2 * tp + fp + fn))}
 
-# %% ../../nbs/evaluation/54_text.ipynb #0e613f45
+# %% ../../nbs/evaluation/54_text.ipynb #7010a1f4
+def outside_values(frame: pd.DataFrame, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    "Metrics of the columns of `evaluation.scorers`: chexbert_f1 (micro), chexbert_macro_f1, radgraph_f1; {} without them."
+    out = {}
+    if 'chexbert_reference' in frame:
+        v = clinical_values(*(np.array([list(x) for x in frame[f'chexbert_{k}']]) == '1' for k in ('candidate', 'reference')), weights)
+        out |= {'chexbert_f1': v['clinical_f1'], 'chexbert_macro_f1': v['clinical_macro_f1']}
+    if 'radgraph_f1' in frame:
+        w = np.ones((1, len(frame))) if weights is None else weights
+        out['radgraph_f1'] = _over(w @ frame['radgraph_f1'].to_numpy(float), w.sum(1))
+    return out
+
+# %% ../../nbs/evaluation/54_text.ipynb #16648640
 def report_frame(studies: Sequence, candidates: Sequence[str], **columns) -> pd.DataFrame:
     "study_id, subject_id, split, reference, candidate and the given columns."
     if len(candidates) != len(studies): raise GKError(f'{len(candidates)} reports for {len(studies)} studies', 'Generate one for each.')
@@ -157,8 +169,8 @@ def report_frame(studies: Sequence, candidates: Sequence[str], **columns) -> pd.
 
 def report_metrics(frame: pd.DataFrame, weights: np.ndarray | None = None, # of `report_frame`; [B, N]
                    meteor: bool | None = None) -> dict[str, np.ndarray]:
-    "Each of `NLG_METRICS` and `CLINICAL_METRICS` as [B]; METEOR is NaN where it is absent."
+    "Each of `NLG_METRICS` and `CLINICAL_METRICS`, and of `outside_values`, as [B]; METEOR is NaN where it is absent."
     if missing := sorted({'study_id', 'reference', 'candidate'} - set(frame)): raise GKError(f'reports: no column {missing[0]!r}', 'Write the table with report_frame.')
     if (dup := frame['study_id'].duplicated()).any(): raise GKError(f'reports: study {frame["study_id"][dup].iloc[0]!r} repeats', 'Keep one report for each study.')
     cand, ref = frame['candidate'].tolist(), frame['reference'].tolist()
-    return nlg_values(count_texts(cand, ref, meteor), weights) | clinical_values(stated_entities(cand), stated_entities(ref), weights)
+    return nlg_values(count_texts(cand, ref, meteor), weights) | clinical_values(stated_entities(cand), stated_entities(ref), weights) | outside_values(frame, weights)

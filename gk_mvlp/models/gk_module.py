@@ -41,26 +41,27 @@ class Attention(nn.Module):
             a, o = None, F.scaled_dot_product_attention(q, k, v, attn_mask=m, dropout_p=self.dropout if self.training else 0.)
         return self.out(o.transpose(1, 2).flatten(2)), a
 
-# %% ../../nbs/models/22_gk_module.ipynb #26ab84e3
+# %% ../../nbs/models/22_gk_module.ipynb #dde1b7ef
 class RegionEncoder(nn.Module):
     "Boxes, and pooled features or patch embeddings, to region features [B, 29, D]."
     def __init__(self, dim: int, # D
                  feature_dim: int, # C of the detector, or D for source 'vit'
-                 source: str = 'detector' # 'detector' or 'vit'
+                 source: str = 'detector' # 'detector', 'vit', or 'none': 29 learned queries that know no place in the picture
                  ):
         super().__init__()
         self.source = source
+        self.identity, self.norm = nn.Parameter(torch.randn(NUM_REGIONS, dim) * .02), nn.LayerNorm(dim)
+        if source == 'none': return
         self.proj = nn.Sequential(nn.LayerNorm(feature_dim), nn.Linear(feature_dim, dim))
         self.place = nn.Linear(4, dim)                          # where the box lies: zonal features alone do not say it
-        self.identity = nn.Parameter(torch.randn(NUM_REGIONS, dim) * .02)
         self.missing = nn.Parameter(torch.zeros(dim))
-        self.norm = nn.LayerNorm(dim)
 
     def forward(self, boxes: Tensor, # [B, 29, 4] xyxy, 0..1
                 valid: Tensor, # bool [B, 29]
                 features: Tensor | None = None, # [B, 29, C] of the detector
                 patches: Tensor | None = None # [B, N, D] of the ViT
                 ) -> Tensor: # [B, 29, D]
+        if self.source == 'none': return self.norm(self.identity).expand(len(boxes), -1, -1)
         x = features if self.source == 'detector' else pool_patches(patches, boxes)
         r = torch.where(valid[..., None], self.proj(x) + self.place(boxes * 2 - 1), self.missing)
         return self.norm(r + self.identity)
@@ -89,12 +90,12 @@ class FusionBlock(nn.Module):
         x = x + y
         return x + self.ff(self.norm_ff(x)), a
 
-# %% ../../nbs/models/22_gk_module.ipynb #767e3786
+# %% ../../nbs/models/22_gk_module.ipynb #c6adeaca
 class GKFusion(nn.Module):
     "E_Fusion: z_local grounds the prompts in regions, z_fused adds the whole picture (paper, GK module)."
     def __init__(self, dim: int, heads: int = 4, local_layers: int = 1, fused_layers: int = 1, dropout: float = 0.):
         super().__init__()
-        self.null_prompt = nn.Parameter(torch.randn(dim) * .02)
+        if local_layers: self.null_prompt = nn.Parameter(torch.randn(dim) * .02)
         self.local = nn.ModuleList(FusionBlock(dim, heads, dropout) for _ in range(local_layers))
         self.fused = nn.ModuleList(FusionBlock(dim, heads, dropout) for _ in range(fused_layers))
         self.norm = nn.LayerNorm(dim)
@@ -104,13 +105,13 @@ class GKFusion(nn.Module):
                 prompt_mask: Tensor, # bool [B, P]
                 patches: Tensor, # [B, N, D]
                 need_maps: bool = False
-                ) -> dict[str, Tensor]: # z_local, z_fused [B, 29, D]; on request prompt_attention [B, H, 29, 1+P] (0 = null), patch_attention [B, H, 29, N]
-        B = regions.shape[0]
-        p = torch.cat([self.null_prompt.expand(B, 1, -1).to(prompts.dtype), prompts], 1)
-        m = torch.cat([prompt_mask.new_ones(B, 1), prompt_mask], 1)
-        z, out = regions, {}
+                ) -> dict[str, Tensor]: # without local layers no prompt is read, without fused layers no patch; z_local, z_fused [B, 29, D]; on request prompt_attention [B, H, 29, 1+P] (0 = null), patch_attention [B, H, 29, N]
+        B, z, out = len(regions), regions, {}
+        if self.local:
+            p = torch.cat([self.null_prompt.expand(B, 1, -1).to(prompts.dtype), prompts], 1)
+            m = torch.cat([prompt_mask.new_ones(B, 1), prompt_mask], 1)
         for block in self.local: z, a = block(z, p, m, need_maps)
-        if need_maps: out['prompt_attention'] = a
+        if need_maps and self.local: out['prompt_attention'] = a
         out['z_local'] = z
         for block in self.fused: z, a = block(z, patches, None, need_maps)
         if need_maps and self.fused: out['patch_attention'] = a

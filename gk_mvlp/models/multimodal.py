@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['ImageReportLayer', 'ImageReportEncoder', 'ReportDecoder']
 
-# %% ../../nbs/models/23_multimodal.ipynb #7b0842ed
+# %% ../../nbs/models/23_multimodal.ipynb #6aa0e4c8
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from .gk_module import Attention
+from ..paths import GKError
 
-# %% ../../nbs/models/23_multimodal.ipynb #ec920234
+# %% ../../nbs/models/23_multimodal.ipynb #bedf3abe
 class ImageReportLayer(nn.Module):
     "Self-attention, cross-attention, feed-forward (pre-norm)."
     def __init__(self, dim: int, heads: int, dropout: float = .1):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
         self.norm_memory = nn.LayerNorm(dim)
-        self.self_attn, self.cross_attn = Attention(dim, heads, dropout), Attention(dim, heads, dropout)
+        self.self_attn, self.cross_attn = Attention(dim, heads), Attention(dim, heads)    # dropout on their sum only: masks of attention weights cost more than they give
         self.ff = nn.Sequential(nn.Linear(dim, 4*dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4*dim, dim))
         self.drop = nn.Dropout(dropout)
 
@@ -35,7 +36,7 @@ class ImageReportLayer(nn.Module):
         t = t + self.drop(self.cross_attn(self.norms[1](t), kv, memory_mask)[0])
         return t + self.drop(self.ff(self.norms[2](t)))
 
-# %% ../../nbs/models/23_multimodal.ipynb #db084d8c
+# %% ../../nbs/models/23_multimodal.ipynb #af954b4b
 class ImageReportEncoder(nn.Module):
     "Report embeddings that have seen the picture; its first token goes to the ITM head."
     def __init__(self, dim: int, depth: int = 2, heads: int = 4, dropout: float = .1):
@@ -54,7 +55,7 @@ class ImageReportEncoder(nn.Module):
                 text: Tensor | None = None, picture: Tensor | None = None, # [M]: report and picture of each row; None: row i is report i or picture i
                 first: bool = False # only the first token comes out
                 ) -> tuple[Tensor, Tensor]: # [M, T or 1, D] and ITM logits [M, 2]
-        if picture is not None: kvs, memory_mask = [kv[:, picture] for kv in kvs], memory_mask[picture]
+        if picture is not None: kvs, memory_mask = [kv.index_select(1, picture) for kv in kvs], memory_mask[picture]
         for i, (layer, kv) in enumerate(zip(self.layers, kvs, strict=True)):
             t = layer.read(t, mask, first and i == len(self.layers) - 1)
             if i == 0 and text is not None: t, mask = t[text], mask[text]
@@ -62,7 +63,7 @@ class ImageReportEncoder(nn.Module):
         t = self.norm(t)
         return t, self.itm_head(t[:, 0])
 
-# %% ../../nbs/models/23_multimodal.ipynb #e20792ad
+# %% ../../nbs/models/23_multimodal.ipynb #6cde710e
 class ReportDecoder(nn.Module):
     "Causal language model over word pieces with cross-attention to the visual memory."
     def __init__(self, vocab_size: int, dim: int, depth: int = 2, heads: int = 4, max_length: int = 128, dropout: float = .1,
@@ -70,9 +71,15 @@ class ReportDecoder(nn.Module):
         super().__init__()
         self.lm = BertLMHeadModel(BertConfig(
             vocab_size=vocab_size, hidden_size=dim, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4*dim, max_position_embeddings=max_length,
-            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, is_decoder=True, add_cross_attention=True,
+            hidden_dropout_prob=dropout, attention_probs_dropout_prob=0., is_decoder=True, add_cross_attention=True,
             pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id))
         self.bos, self.eos, self.pad = bos_token_id, eos_token_id, pad_token_id
+
+    def tie(self, embeddings: nn.Embedding) -> None:
+        "Read and write words with these embeddings [V, D] in place of own ones."
+        if embeddings.weight.shape != self.lm.get_input_embeddings().weight.shape: raise GKError(f'word embeddings {list(embeddings.weight.shape)} do not fit the decoder', 'Use a text encoder of width dim, or leave tie_embeddings false.')
+        self.lm.set_input_embeddings(embeddings)
+        self.lm.tie_weights()
 
     def forward(self, input_ids: Tensor, # [B, T]
                 attention_mask: Tensor, # [B, T]

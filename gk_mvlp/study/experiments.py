@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'VARIANTS', 'CLASSES', 'train_config', 'pretrain_configs', 'detector_configs', 'cache_dir', 'load_studies',
-           'load_detector', 'model_hash', 'corpus_tokenizer', 'study_set', 'fit_detector', 'detect', 'check_detector',
-           'check_lungs', 'summarise_lungs', 'detector_metrics', 'show_regions', 'validation_losses', 'pretrain',
-           'health_table', 'pretrain_metrics', 'plot_history', 'ClassificationTask', 'load_method', 'scores_by_class',
-           'classification_metrics', 'show_roc']
+           'load_detector', 'model_hash', 'pretraining_studies', 'corpus_tokenizer', 'study_set', 'fit_detector',
+           'detect', 'check_detector', 'check_lungs', 'summarise_lungs', 'detector_metrics', 'show_regions',
+           'validation_losses', 'pretrain', 'health_table', 'pretrain_metrics', 'plot_history', 'ClassificationTask',
+           'load_method', 'scores_by_class', 'classification_metrics', 'show_roc']
 
 # %% ../../nbs/study/61_experiments.ipynb #e5f74a84
 import hashlib
@@ -56,7 +56,7 @@ def detector_configs(settings: dict, seed: int) -> tuple[DetectorConfig, TrainCo
     train = section.pop('train')
     return from_params(DetectorConfig, section, 'preset, section detector'), *train_config(train, 'detector.train', seed)
 
-# %% ../../nbs/study/61_experiments.ipynb #1f9120ea
+# %% ../../nbs/study/61_experiments.ipynb #24005ea4
 def cache_dir() -> Path: "Pictures of phantoms, squares of picture files, regions found by detectors: safe to delete."; return runs_dir()/'cache'
 
 def load_studies(settings: dict, dataset: str, data: str = '') -> tuple[list[Study], str]:
@@ -75,6 +75,13 @@ def model_hash(folder: str) -> str:
     "Hash of a saved model's weights; '' without one."
     return hashlib.sha256((Path(folder)/'model.safetensors').read_bytes()).hexdigest()[:16] if folder else ''
 
+def pretraining_studies(studies: Sequence[Study], ratio: float, seed: int) -> list[Study]:
+    "The studies with a report; of the training split those of a nested, seeded share (per cent) of the patients."
+    studies = [s for s in studies if s.report.strip()]
+    train = [s for s in studies if s.split == 'train']
+    kept = nested_subsets([s.subject_id for s in train], np.zeros((len(train), 1)), {ratio}, seed)[ratio] if train else []
+    return [train[i] for i in kept] + [s for s in studies if s.split != 'train']
+
 def corpus_tokenizer(studies: Sequence[Study], config: ModelConfig):
     "The pre-trained vocabulary of `config.text_encoder`, else one learnt from training reports and the knowledge prompts."
     if config.text_encoder: return load_tokenizer(config.text_encoder)
@@ -84,7 +91,7 @@ def study_set(studies: Sequence[Study], split: str, tokenizer, detector, config:
     "A split of the pre-training data."
     chosen = [s for s in studies if s.split == split]
     if not chosen: raise GKError(f'no studies with a report in split {split!r}', 'Use a larger data set.')
-    return StudySet(chosen, tokenizer, config.image_size, config.max_length, detector if config.region_source == 'detector' else None, cache_dir(), strength, seed)
+    return StudySet(chosen, tokenizer, config.image_size, config.max_length, detector, cache_dir(), strength, seed, true_boxes=config.boxes == 'true')
 
 # %% ../../nbs/study/61_experiments.ipynb #0b206f02
 def _arrays(studies: Sequence[Study], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -189,7 +196,7 @@ def plot_history(history: pd.DataFrame, health: dict) -> plt.Figure:
     sns.despine(fig); fig.tight_layout()
     return fig
 
-# %% ../../nbs/study/61_experiments.ipynb #2aa19501
+# %% ../../nbs/study/61_experiments.ipynb #20eb0a96
 VARIANTS: dict[str, dict[str, str]] = {
     'scratch': {'scratch': 'image'}, 'itc': {'itc': 'image'}, 'itc_local': {'itc_local': 'image'}, 'itc_itm_lm_ecls': {'itc_itm_lm_ecls': 'image'},
     'gk_without_ecls': {'gk-without_ecls': 'gk'},
@@ -210,7 +217,8 @@ class ClassificationTask:
         self.studies = {k: [studies[j] for j in i] for k, i in index.items()}
         self.y = {k: y[i] for k, i in index.items()}
         size = settings['model']['image_size']
-        self.sets = {k: StudySet(self.studies[k], None, size, detector=detector, cache_dir=cache_dir(), seed=seed, targets=self.y[k],
+        true = settings['model'].get('boxes') == 'true'
+        self.sets = {k: StudySet(self.studies[k], None, size, detector=detector, true_boxes=true, cache_dir=cache_dir(), seed=seed, targets=self.y[k],
                                  augment_strength=strength if k == 'train' else 0.) for k in index}
 
     def save_subset(self, run: Path) -> None: "The list of training studies."; save_subset(run/'subset.json', [s.study_id for s in self.studies['train']], self.ratio, self.seed)

@@ -50,12 +50,13 @@ def notebook_parameters(path: str | Path) -> dict[str, type]:
         out[name] = kind
     return out
 
-# %% ../../nbs/study/60_run.ipynb #d7224332
+# %% ../../nbs/study/60_run.ipynb #5c823b56
 STAGE_PACKAGES: dict[str, tuple[str, ...]] = {
     'detector': ('data', 'training/checkpoint', 'training/trainer', 'models/detector', 'study/experiments'),
     'pretrain': ('data', 'models', 'training', 'study/experiments'),
     'classification': ('data', 'models', 'training', 'tasks/classification', 'study/experiments'),
     **{t: ('data', 'models', 'training', 'tasks', 'evaluation', 'study/experiments', 'study/task_runs') for t in ('zero_shot', 'localization', 'report_generation', 'vqa')},
+    'probing': ('data', 'models', 'training', 'tasks', 'evaluation', 'study/experiments', 'study/task_runs', 'study/probing'),
     'paper': ('evaluation', 'study')}
 
 def stage_sources(stage: str) -> list[str]:

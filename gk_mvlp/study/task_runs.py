@@ -19,6 +19,7 @@ from ..data.study import Study, nested_subsets, save_subset
 from ..evaluation.detection import detection_frame, detection_metrics
 from ..evaluation.grounding import choose_share, finding_boxes, map_frame, map_metrics, prior_maps
 from ..evaluation.metrics import macro
+from ..evaluation.scorers import add_scores, load_scorer
 from ..evaluation.text import report_frame, report_metrics, stated_entities
 from ..evaluation.vqa import majority_answers, question_frame, vqa_metrics
 from ..models.gk_mvlp import GKMVLP, ModelConfig
@@ -32,7 +33,7 @@ from ..tasks.vqa import FORMS, QASet, answer_questions, answer_space, fit_vqa, s
 from ..training.batches import StudySet, load_pictures
 from ..training.trainer import TrainConfig
 
-# %% ../../nbs/study/67_task_runs.ipynb #0fd46068
+# %% ../../nbs/study/67_task_runs.ipynb #cc3a063e
 TASKS = ('zero_shot', 'localization', 'report_generation', 'vqa')
 BASELINE = 'baselines'
 
@@ -52,7 +53,7 @@ class TaskRun:
             y = cover.get(task, lambda: np.zeros((len(train), 1)))()
             self.part['train'] = [train[i] for i in nested_subsets([s.subject_id for s in train], y, {ratio}, seed)[ratio]]
         config = from_params(ModelConfig, settings['model'], 'preset, section model')
-        self.detector = load_detector(detector) if config.region_source == 'detector' else None
+        self.detector, self.true_boxes = load_detector(detector) if detector or config.region_source == 'detector' else None, config.boxes == 'true'
 
     @property
     def size(self) -> int: "Side of the pictures in pixels."; return self.settings['model']['image_size']
@@ -68,9 +69,9 @@ class TaskRun:
 
     def pictures(self, split: str, tokenizer=None, **options) -> StudySet:
         "A split as tensors, augmented for training only."
-        return StudySet(self.part[split], tokenizer, self.size, detector=self.detector, cache_dir=cache_dir(), seed=self.seed, augment_strength=self.strength if split == 'train' else 0., **options)
+        return StudySet(self.part[split], tokenizer, self.size, detector=self.detector, true_boxes=self.true_boxes, cache_dir=cache_dir(), seed=self.seed, augment_strength=self.strength if split == 'train' else 0., **options)
 
-# %% ../../nbs/study/67_task_runs.ipynb #7ba5a4f4
+# %% ../../nbs/study/67_task_runs.ipynb #17f4fee4
 def _maps(r: TaskRun, make: Callable[[str], dict[str, np.ndarray]], # split -> {protocol: maps [N, C, g, g]}
           names: Sequence[str]) -> pd.DataFrame:
     "`map_frame`s of validation and test; empty where no test study has a box."
@@ -98,11 +99,11 @@ def run_zero_shot(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
             for p in zero_shot.PROMPT_SETS: keep(k, p, zero_shot.itc_scores(model, d, names, [p]))
             keep(k, 'ensemble', zero_shot.itc_scores(model, d, names))
             if model.config.gk and not CLASSES.get(r.dataset): keep(k, 'ecls', zero_shot.ecls_scores(model, d, names))
-        maps = lambda k: {'similarity': zero_shot.similarity_maps(model, data[k], found)} | ({'attention': zero_shot.attention_maps(model, data[k], found)} if model.config.gk else {})
+        maps = lambda k: {'similarity': zero_shot.similarity_maps(model, data[k], found)} | ({'attention': zero_shot.attention_maps(model, data[k], found)} if model.config.mapped else {})
     if found: _maps(r, maps, found).to_parquet(run/'maps.parquet', index=False)
     return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/study/67_task_runs.ipynb #1c51e033
+# %% ../../nbs/study/67_task_runs.ipynb #557e2e17
 def run_localization(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     "The table of `detection_frame` for the test split, one per method."
     options = from_params(LocalizationConfig, r.settings.get('localization', {}), 'preset, section localization')
@@ -115,12 +116,16 @@ def _pixels(r: TaskRun) -> dict[str, np.ndarray]: return {k: pixel_features(r.pi
 
 def run_report_generation(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     "Reports of the test split."
+    options = from_params(GenerationConfig, r.settings.get('generation', {}), 'preset, section generation')
+    for name in options.scorers: load_scorer(name)                # before an hour of training, not after it
+    return add_scores(_written(r, config, run, options), options.scorers)
+
+def _written(r: TaskRun, config: TrainConfig, run: Path, options: GenerationConfig) -> pd.DataFrame:
     train, test = r.part['train'], r.part['test']
     if r.method == BASELINE:
         x = _pixels(r)
         said = {'constant_normal': [NORMAL_REPORT] * len(test), 'most_frequent': [most_frequent_report(train)] * len(test), 'nearest_neighbour': nearest_reports(x['train'], train, x['test'])}
         return pd.concat([report_frame(test, v, method=k, protocol='baseline') for k, v in said.items()], ignore_index=True)
-    options = from_params(GenerationConfig, r.settings.get('generation', {}), 'preset, section generation')
     model = r.model([s.report for s in train])
     x = {k: model_features(model, r.pictures(k), 'image') for k in ('train', 'test')}
     near = report_frame(test, nearest_reports(x['train'], train, x['test']), method=f'{r.method}-nearest', protocol='nearest')
@@ -141,7 +146,7 @@ def run_vqa(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     space, out = answer_space(train), []
     for form in FORMS:
         model = r.model([f'{q} {a}' for q, a in zip(train['question'], train['answer'], strict=True)])
-        data = {k: QASet(v, model.tokenizer, list(space), r.size, model.config.max_length, detector=r.detector, cache_dir=cache_dir(), seed=r.seed, augment_strength=r.strength if k == 'train' else 0.) for k, v in r.part.items()}
+        data = {k: QASet(v, model.tokenizer, list(space), r.size, model.config.max_length, detector=r.detector, true_boxes=r.true_boxes, cache_dir=cache_dir(), seed=r.seed, augment_strength=r.strength if k == 'train' else 0.) for k, v in r.part.items()}
         net, _ = fit_vqa(model, 'gk' if model.config.gk else 'image', form, data['train'], data['val'], config, run/form)
         save_vqa(net, run/form/'model')
         out.append(data['test'].frame.assign(prediction=answer_questions(net, data['test']), method=r.method, protocol=form))

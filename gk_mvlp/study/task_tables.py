@@ -128,10 +128,10 @@ def task_comparisons(cells: Sequence[TaskCell], method: str = 'gk') -> pd.DataFr
     if len(table): table['p_holm'] = holm(table['p'].tolist())
     return table
 
-# %% ../../nbs/study/68_task_tables.ipynb #47d8c15f
+# %% ../../nbs/study/68_task_tables.ipynb #adb22556
 TITLES = {'zero_shot': 'Zero-shot classification and grounding', 'localization': 'Localization', 'report_generation': 'Report generation', 'vqa': 'Visual question answering'}
 SHOWN = {'zero_shot': ('auroc', 'auprc', *MAP_METRICS), 'localization': ('map_40_75', 'coco_map', 'ap_50', 'froc', 'sensitivity_0.25', 'sensitivity_1', 'filtered_map_40_75'),
-         'report_generation': (*NLG_METRICS, 'clinical_precision', 'clinical_recall', 'clinical_f1', 'clinical_macro_f1'), 'vqa': VQA_METRICS}
+         'report_generation': (*NLG_METRICS, 'clinical_precision', 'clinical_recall', 'clinical_f1', 'clinical_macro_f1', 'chexbert_f1', 'chexbert_macro_f1', 'radgraph_f1'), 'vqa': VQA_METRICS}
 
 def task_wide(table: pd.DataFrame, task: str, dataset: str) -> pd.DataFrame:
     "Rows (method, protocol, ratio), columns the shown metrics, cells 'mean (low to high)'."

@@ -6,7 +6,7 @@
 __all__ = ['MEMORIES', 'NORMAL_REPORT', 'visual_memory', 'GenerationConfig', 'ReportGenerator', 'mean_loss', 'fit_reports',
            'most_frequent_report', 'nearest_reports']
 
-# %% ../../nbs/tasks/43_report_generation.ipynb #5fdefb60
+# %% ../../nbs/tasks/43_report_generation.ipynb #37efb4b7
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.study import Study
+from ..evaluation.scorers import SCORERS
 from ..models.gk_mvlp import GKMVLP
 from ..models.losses import lm_loss
 from ..paths import GKError
@@ -37,7 +38,7 @@ def visual_memory(model: GKMVLP, batch: dict, kind: str) -> tuple[Tensor, Tensor
     if mode == 'oracle': mode = 'predicted'                       # a picture to be reported has no report yet
     return model.memory(v, model.ground(v, batch, 'none' if kind == 'gk_null' else mode, shuffle=kind == 'gk_shuffled'), batch)
 
-# %% ../../nbs/tasks/43_report_generation.ipynb #2a1aa0f6
+# %% ../../nbs/tasks/43_report_generation.ipynb #95658d59
 @dataclass(frozen=True)
 class GenerationConfig:
     "How text is decoded. All values are ours."
@@ -45,8 +46,10 @@ class GenerationConfig:
     max_new_tokens: int = 0          # 0 = as many as the decoder has positions for
     length_penalty: float = 1.       # transformers': above 0 favours longer texts
     no_repeat: int = 0               # n-grams of this length do not repeat; 0 = off
+    scorers: tuple[str, ...] = ()    # of `evaluation.scorers`: chexbert, radgraph
 
     def __post_init__(self):
+        if wrong := [n for n in self.scorers if n not in SCORERS]: raise GKError(f'generation.scorers: {wrong[0]!r}', f'Use some of: {", ".join(SCORERS)}.')
         if self.beams < 1 or self.max_new_tokens < 0 or self.no_repeat < 0: raise GKError(f'generation: beams {self.beams}, max_new_tokens {self.max_new_tokens}, no_repeat {self.no_repeat}', 'Use at least 1, 0 and 0.')
 
 class ReportGenerator(nn.Module):

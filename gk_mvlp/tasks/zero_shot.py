@@ -86,7 +86,7 @@ def ecls_scores(model: GKMVLP, data: StudySet, labels: Sequence[str]) -> np.ndar
         return (s.sigmoid() if model.config.ecls_form == 'sigmoid' else s.softmax(-1))[:, index].cpu()
     return run_batches(data, step).numpy()
 
-# %% ../../nbs/tasks/41_zero_shot.ipynb #458e0fba
+# %% ../../nbs/tasks/41_zero_shot.ipynb #d8e0e203
 @torch.no_grad()
 def similarity_maps(model: GKMVLP, data: StudySet, labels: Sequence[str], prompt_sets: Sequence[str] = tuple(PROMPT_SETS)) -> np.ndarray: # [N, C, g, g]
     "Patch against sentence."
@@ -99,14 +99,18 @@ def similarity_maps(model: GKMVLP, data: StudySet, labels: Sequence[str], prompt
     return m.unflatten(-1, (model.image_encoder.grid, -1)).numpy()
 
 @torch.no_grad()
-def attention_maps(model: GKMVLP, data: StudySet, labels: Sequence[str]) -> np.ndarray: # [N, C, g, g]
+def attention_maps(model: GKMVLP, data: StudySet, labels: Sequence[str],
+                   control: str = '' # '', or a control: 'shuffled' prompts, or the 'null' prompt alone, where every region counts alike
+                   ) -> np.ndarray: # [N, C, g, g]
     "Region-prompt attention times region-patch attention of the GK module, with all prompts given."
-    if not model.config.gk: raise GKError(f'objective {model.config.objective!r} has no GK module', "Use a model of objective 'gk', or similarity maps.")
+    if not model.config.mapped: raise GKError(f'a model of objective {model.config.objective!r} with {model.config.local_layers} local and {model.config.fused_layers} fused layers has no attention from prompts to patches', "Use a model of objective 'gk' with both, or similarity maps.")
+    if control not in ('', 'null', 'shuffled'): raise GKError(f'control {control!r}', "Use '', 'null' or 'shuffled'.")
     model.eval()
     index = torch.tensor(_entities(labels)) + 1                                     # 0 is the null prompt
     def step(b):
         b = _device(model, b)
-        z = model.ground(model.image_encoder(b['images']), b, 'all', need_maps=True)
-        a = z['prompt_attention'].mean(1)[:, :, index.to(b['images'].device)] * b['region_valid'][..., None]
+        z = model.ground(model.image_encoder(b['images']), b, 'none' if control == 'null' else 'all', need_maps=True, shuffle=control == 'shuffled')
+        a = z['prompt_attention'].mean(1)
+        a = (a[:, :, :1].expand(-1, -1, len(index)) if control == 'null' else a[:, :, index.to(a.device)]) * z['region_valid'][..., None]
         return torch.einsum('brc,brn->bcn', a, z['patch_attention'].mean(1)).cpu()
     return run_batches(data, step).unflatten(-1, (model.image_encoder.grid, -1)).numpy()

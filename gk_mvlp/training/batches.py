@@ -89,26 +89,29 @@ def detect_regions(detector, # RegionDetector
         with atomic_write(path, 'wb') as f: np.savez(f, **{k: v.numpy() for k, v in out.items()})
     return out
 
-# %% ../../nbs/training/29_batches.ipynb #4f967b4c
+# %% ../../nbs/training/29_batches.ipynb #6ad59404
 class StudySet(Dataset):
     "Studies as tensors. `data[list of indices]` is a batch; see `__getitem__` for its fields."
     def __init__(self, studies: Sequence[Study],
                  tokenizer=None, # None: no reports (downstream tasks that need only pictures)
                  image_size: int = 64, max_length: int = 96,
-                 detector=None, # RegionDetector; None: the studies' own boxes
+                 detector=None, # RegionDetector; None: the studies' own boxes, without features
                  cache_dir: str | Path | None = None, # for squares of picture files and the detector's regions
                  augment_strength: float = 0., seed: int = 0,
                  targets: np.ndarray | None = None, # [N, C] labels of a downstream task, NaN = unknown
-                 max_prompts: int = 8, progress: bool = True):
+                 max_prompts: int = 8, progress: bool = True,
+                 true_boxes: bool = False # the detector's features in the studies' own boxes, not in those it finds: an upper bound
+                 ):
         if not studies: raise GKError('no studies', 'Check the split and the filters.')
         self.studies, self.seed, self.strength, self.epoch = list(studies), seed, augment_strength, 0
         images, frames = load_pictures(studies, image_size, progress, cache_dir)
         self.images = torch.from_numpy(images)
         self.fields: dict[str, Tensor] = {}
-        if detector is not None: self.fields |= detect_regions(detector, images, cache_dir, progress=progress)
+        if detector is not None and not true_boxes: self.fields |= detect_regions(detector, images, cache_dir, progress=progress)
         else:
-            boxes, valid = true_regions(studies, frames)
-            self.fields |= {'region_boxes': torch.from_numpy(boxes), 'region_valid': torch.from_numpy(valid)}
+            boxes, valid = map(torch.from_numpy, true_regions(studies, frames))
+            self.fields |= {'region_boxes': boxes, 'region_valid': valid}
+            if detector is not None: self.fields['region_features'] = detector.describe(to_float(self.images), boxes) * valid[..., None]
         if tokenizer is not None: self._add_texts(tokenizer, max_length, max_prompts)
         if targets is not None: self.fields['targets'] = torch.as_tensor(np.asarray(targets, np.float32))
 

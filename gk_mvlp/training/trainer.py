@@ -148,11 +148,17 @@ class _State:
     @property
     def best_path(self) -> Path | None: "The best weights so far."; return self.run_dir/f'best-{self.best_epoch}.ckpt' if self.best_epoch is not None else None
 
-# %% ../../nbs/training/31_trainer.ipynb #44180790
+# %% ../../nbs/training/31_trainer.ipynb #492f30ec
+@contextmanager
 def attention_backend(device: str # 'cpu', 'cuda', ...
                       ):
-    "A context: plain attention on a CPU, PyTorch's own choice elsewhere."
-    return sdpa_kernel(SDPBackend.MATH) if device == 'cpu' else nullcontext()
+    "A context: plain attention in the type of its inputs on a CPU, PyTorch's own choice elsewhere."
+    if device != 'cpu': yield; return
+    was = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()    # of every device, in spite of its name
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH): yield
+    finally: torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(was)
 
 # %% ../../nbs/training/31_trainer.ipynb #7ca3541e
 class _Setup(_State):
