@@ -221,7 +221,7 @@ def test_phone(server, browser):
     page.close()
 
 
-BAD = {'notes.txt': 'not a JPEG, PNG', 'dot.png': 'smaller than', 'photo.jpg': 'in colour', 'cut.png': 'broken', 'huge.png': 'maximum allowed size'}
+BAD = {'notes.txt': 'not a JPEG, PNG', 'dot.png': 'too small', 'photo.jpg': 'in colour', 'cut.png': 'broken', 'huge.png': 'maximum allowed size'}
 
 
 def test_bad_uploads(server, browser, tmp_path):
