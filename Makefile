@@ -8,7 +8,7 @@ STAMP  := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install paper plan test sync notebooks hooks lab readme docs bench tensorboard clean
+.PHONY: help install paper plan test sync notebooks hooks lab readme docs demo bench tensorboard clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ readme: $(STAMP) ## write the generated part of README.md from paper_results
 
 docs: $(STAMP) ## build the documentation site, offline: _docs/index.html
 	@$(BIN)/python scripts/build_docs.py
+
+demo: $(STAMP) ## a page to try a model on: http://127.0.0.1:7860 (DATA: X-rays to pick from)
+	@$(BIN)/gk-mvlp demo --pictures "$(DATA)"
 
 bench: $(STAMP) ## speed beside yardsticks, on a quiet machine: benchmarks/results (BENCH="images phantom": only these)
 	@$(BIN)/python benchmarks/all.py $(BENCH)

@@ -1,5 +1,6 @@
 "Shared fixtures: where the real data is, and quiet, deterministic torch."
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ def real_data() -> Path:
     if not (path/'covid_chestxray').is_dir():
         pytest.skip(f'no real data: set GK_MVLP_DATA to a data root (looked in {path})')
     return path
+
+
+@pytest.fixture(scope='session')
+def chromium() -> str:
+    "The browser for tests of pages, or a skip that says what is missing."
+    pytest.importorskip('playwright.sync_api', reason="no playwright: pip install 'gk_mvlp[dev]'")
+    found = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if not found: pytest.skip('no Chromium: install the package chromium')
+    return found
 
 
 @pytest.fixture(autouse=True)

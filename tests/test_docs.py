@@ -1,7 +1,6 @@
 "The documentation site: built once, every page and public name is there, every link leads somewhere, nothing is fetched from elsewhere."
 import importlib
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -96,12 +95,10 @@ def test_published_numbers_are_shown(root, pages, site):
     assert rows and all(r.split(',')[0] in text for r in rows)
 
 
-def test_in_a_browser(site, tmp_path):
+def test_in_a_browser(site, chromium):
     "In Chromium, at desktop and phone width: no request leaves the disk, nothing is wider than the screen, formulas are drawn."
-    sync = pytest.importorskip('playwright.sync_api').sync_playwright
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not chromium: pytest.skip('no Chromium: install the package chromium')
-    with sync() as p:
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
         for width in (1280, 390):
             page, asked, errors = browser.new_page(viewport={'width': width, 'height': 844}), [], []

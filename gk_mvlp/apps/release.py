@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['study_results', 'model_card', 'save_predictor', 'PictureClassifier', 'export_onnx', 'export_command']
 
-# %% ../../nbs/apps/81_release.ipynb #015ad05a
+# %% ../../nbs/apps/81_release.ipynb #20da04c5
 import json
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ..models.detector import save_detector
 from ..models.gk_mvlp import GKMVLP
 from ..paths import GKError, atomic_write, read_text, results_dir, write_json
 from ..tasks.classification import Classifier
+from ..tasks.vqa import save_vqa
 
 # %% ../../nbs/apps/81_release.ipynb #8e85c9d5
 _SHOWN = ('task', 'dataset', 'ratio', 'protocol', 'subgroup', 'group', 'metric')
@@ -85,13 +86,14 @@ def model_card(p: Predictor) -> str:
     out.append(rows[rows[groups].astype(bool).any(axis=1)].to_markdown(index=False) if groups else 'Not measured: whether it works equally well for all sexes, ages and views is not known.')
     return '\n'.join([*out, '', '## Limits', '', _LIMITS, '', '## Licence', '', 'Apache-2.0. Data that it was trained on keep their own licences.', ''])
 
-# %% ../../nbs/apps/81_release.ipynb #5b1fdb0e
+# %% ../../nbs/apps/81_release.ipynb #c8610f34
 def save_predictor(self: Predictor, folder: str | Path) -> Path:
     "Write model, detector/, about.json and the card (README.md) to an empty or new folder."
     folder = Path(folder)
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder/'about.json').is_file(): raise GKError(f'{folder}: is not empty', 'Give a new folder, or one written by save_pretrained.')
     card = model_card(self)
     save_detector(self.detector, folder/'detector')
+    if self.vqa is not None: save_vqa(self.vqa, folder/'vqa')
     write_json(folder/'about.json', self.about)
     self.model.save_pretrained(folder)
     with atomic_write(folder/'README.md') as f: f.write(card)               # more than the model's own card

@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'BASELINE', 'RUNNERS', 'TaskRun', 'run_zero_shot', 'run_localization', 'run_report_generation', 'run_vqa',
            'run_task', 'run_metrics']
 
-# %% ../../nbs/study/67_task_runs.ipynb #c1f26fb5
+# %% ../../nbs/study/67_task_runs.ipynb #a8fdcf60
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..tasks import zero_shot
 from ..tasks.classification import label_matrix, model_features, pixel_features, prediction_frame
 from ..tasks.localization import BoxSet, LocalizationConfig, box_names, constant_boxes, fit_localization
 from ..tasks.report_generation import NORMAL_REPORT, GenerationConfig, fit_reports, most_frequent_report, nearest_reports
-from ..tasks.vqa import FORMS, QASet, answer_questions, answer_space, fit_vqa
+from ..tasks.vqa import FORMS, QASet, answer_questions, answer_space, fit_vqa, save_vqa
 from ..training.batches import StudySet, load_pictures
 from ..training.trainer import TrainConfig
 
@@ -137,7 +137,7 @@ def _written(r: TaskRun, config: TrainConfig, run: Path, options: GenerationConf
         out.append(report_frame(test, net.write(data['test'], options), method={'gk_null': 'gk-null_prompts', 'gk_shuffled': 'gk-shuffled_prompts'}[kind], protocol='finetune'))
     return pd.concat([*out, near], ignore_index=True)
 
-# %% ../../nbs/study/67_task_runs.ipynb #9aa65a49
+# %% ../../nbs/study/67_task_runs.ipynb #73576833
 def run_vqa(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     "Answers to the questions of the test split, in both forms."
     asked = question_frame(r.part['test'], ['test'])
@@ -148,6 +148,7 @@ def run_vqa(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
         model = r.model([f'{q} {a}' for q, a in zip(train['question'], train['answer'], strict=True)])
         data = {k: QASet(v, model.tokenizer, list(space), r.size, model.config.max_length, detector=r.detector, true_boxes=r.true_boxes, cache_dir=cache_dir(), seed=r.seed, augment_strength=r.strength if k == 'train' else 0.) for k, v in r.part.items()}
         net, _ = fit_vqa(model, 'gk' if model.config.gk else 'image', form, data['train'], data['val'], config, run/form)
+        save_vqa(net, run/form/'model')
         out.append(data['test'].frame.assign(prediction=answer_questions(net, data['test']), method=r.method, protocol=form))
     return pd.concat(out, ignore_index=True)
 
