@@ -8,7 +8,7 @@ STAMP  := .venv/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install paper plan test sync notebooks hooks lab readme docs demo bench tensorboard clean
+.PHONY: help install paper plan verify test sync notebooks hooks lab readme docs demo bench tensorboard clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ paper: $(STAMP) ## run the study PRESET and make its tables and figures: paper_r
 
 plan: $(STAMP) ## list the jobs that `make paper` would run
 	@$(BIN)/gk-mvlp paper --preset "$(PRESET)" --data "$(DATA)" --cores $(CORES) --dry-run
+
+verify: $(STAMP) ## recompute the tables of PRESET from its saved predictions; any difference is an error
+	@$(BIN)/gk-mvlp verify --preset "$(PRESET)"
 
 test: $(STAMP) ## sync check, notebooks, pytest and a smoke study
 	@CORES=$(CORES) bash scripts/test.sh

@@ -109,7 +109,13 @@ rule figures:
     params: label="figures", p=given(runs=RUNS, results=RESULTS)
     shell: RUN
 
+rule report:
+    input: rules.tables.output, rules.task_tables.output if P.tasks else [], rules.study.output if P.probing else [], nb="nbs/paper/93_report.ipynb", lib=stage_sources("paper")
+    output: f"{RUNS}/report/metrics.json"
+    params: label="report", p=given(runs=RUNS, results=RESULTS)
+    shell: RUN
+
 rule manifest:
-    input: rules.tables.output, rules.figures.output, rules.task_tables.output if P.tasks else [], rules.study.output if P.probing else []
+    input: rules.tables.output, rules.figures.output, rules.task_tables.output if P.tasks else [], rules.study.output if P.probing else [], rules.report.output
     output: f"{RESULTS}/manifest.json"
     shell: "python -m gk_mvlp.study.collect {RUNS} {RESULTS}"

@@ -56,7 +56,7 @@ def test_everything_is_there(study):
         assert {'run.ipynb', 'config.json', 'metrics.json', 'env.json'} <= {f.name for f in r.iterdir()}, r
         nb = nbformat.read(r/'run.ipynb', as_version=4)
         assert nb.metadata.papermill.exception is None and nb.metadata.papermill.end_time
-    assert 'tables/, figures/ and manifest.json' in said and 'Classification (AUROC' in said
+    assert 'REPORT.md, tables/, figures/ and manifest.json' in said and 'Classification (AUROC' in said and '| verdict' in said and 'AUPRC' not in said
 
 
 def test_the_table_is_recomputed_from_predictions(study):
@@ -114,6 +114,43 @@ def test_the_manifest_ties_files_to_runs(study):
         assert a['runs'] and set(a['runs']) <= set(m['runs'])
     for r in m['runs'].values(): assert r['notebook'] and r['code'] and r['seconds'] > 0 and 'commit' in r
     assert all(r['data_fingerprint'] for n, r in m['runs'].items() if n.startswith(('pretrain', 'classification', 'detector')))
+
+
+def test_the_report_reads_gates_before_comparisons(study):
+    "And its verdicts follow from the tables' corrected p."
+    results = study[0]/'paper_results/smoke'
+    text = (results/'REPORT.md').read_text()
+    assert text.index('## Did the models learn?') < text.index('| ITM') < text.index('## In short') < text.index('## The detector')
+    t = pd.read_csv(results/'tables/comparisons.csv')
+    own = t[t['reference'] == 'scratch']
+    said = next(line for line in text.splitlines() if line.startswith('| Pre-training on reports helps'))
+    good, bad = ((own['p_holm'] < .05) & (own['difference'] > 0)).sum(), ((own['p_holm'] < .05) & (own['difference'] < 0)).sum()
+    want = 'mixed' if good and bad else 'contradicted' if bad else 'supported in' if good else 'not supported'
+    assert f'| {want}' in said, said
+
+
+def verified(out):
+    return subprocess.run([str(BIN/'gk-mvlp'), 'verify', '--preset', 'smoke'], capture_output=True, text=True, env=os.environ | {'GK_MVLP_OUT': str(out), 'PYTHONWARNINGS': 'ignore'})
+
+
+def test_verify(study, tmp_path):
+    "The tables follow from the predictions; a changed prediction, cell, or report does not pass."
+    out = tmp_path/'copy'
+    for part in ('runs', 'paper_results'): shutil.copytree(study[0]/part, out/part, symlinks=True)
+    r = verified(out)
+    assert r.returncode == 0 and 'follow from the saved predictions' in r.stdout, r.stderr
+    f = out/'runs/smoke/classification/phantom-gk-r100-s0/predictions.parquet'
+    t = pd.read_parquet(f); kept = f.read_bytes()
+    test = t.index[(t['split'] == 'test') & (t['method'] == 'gk')]
+    t.loc[test, 'score'] = t.loc[test, 'score'].to_numpy()[::-1]; t.to_parquet(f)
+    report = out/'paper_results/smoke/REPORT.md'; report.write_text(report.read_text().replace('| not supported', '| supported'))
+    r = verified(out)
+    assert r.returncode == 1 and 'Traceback' not in r.stderr
+    for part in ('classification/phantom-gk-r100-s0/predictions.parquet: is not the file', 'classification.csv, row', 'REPORT.md: is not the file', 'REPORT.md: does not follow'): assert part in r.stderr, part
+    f.write_bytes(kept)
+    shutil.rmtree(out/'runs')
+    r = verified(out)
+    assert r.returncode == 1 and 'make paper PRESET=smoke' in r.stderr and r.stderr.count('\n') == 1
 
 
 def test_a_table_with_a_hole_is_refused(study, tmp_path):

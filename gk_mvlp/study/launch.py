@@ -9,13 +9,14 @@ __all__ = ['BASELINES', 'pretrained', 'classification_jobs', 'task_methods', 'ta
 # %% ../../nbs/study/62_launch.ipynb #06f7c640
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from ..config import Preset, from_params, load_preset, merge
-from ..paths import GKError, data_root, project_root, results_dir, runs_dir
+from ..paths import GKError, data_root, project_root, read_text, results_dir, runs_dir
 from .variants import variants
 
 # %% ../../nbs/study/62_launch.ipynb #8f33b3e3
@@ -115,6 +116,12 @@ def snakemake_command(preset: str, data: str, runs: str, results: str, cores: in
             '--config', f'preset={preset}', f'data={data}', f'runs={runs}', f'results={results}']
 
 # %% ../../nbs/study/62_launch.ipynb #635bcb28
+def _summary(results: Path) -> str:
+    "For the end of a run: the table of AUROCs, then gates and verdicts of the report."
+    table = re.sub(r'\n### .*?(?=\n## |\Z)', '', read_text(results/'tables'/'classification.md').split('\n## What is supported')[0], flags=re.S)
+    report = read_text(results/'REPORT.md').split('\n## The detector')[0]
+    return table.strip() + '\n\n' + report[report.index('## Did the models learn?'):].strip() + '\n'
+
 def run_study(preset: str, data: str = '', cores: int = 2, dry_run: bool = False) -> int:
     "Run (or list) all jobs of a preset; 0 when every result is there, else 1 with one line per failed job."
     p = load_preset(preset)
@@ -123,7 +130,7 @@ def run_study(preset: str, data: str = '', cores: int = 2, dry_run: bool = False
     if p.needs: data = str(data_root(data or None, p.needs))
     runs, results, start = runs_dir()/name, results_dir()/name, time.time()
     command = snakemake_command(preset, data, _relative(runs), _relative(results), cores, dry_run)
-    jobs = 4 + len(pretrain_jobs(p)) + len(classification_jobs(p)) + len(task_jobs(p)) + bool(p.tasks) + len(probing_jobs(p)) + bool(p.probing)
+    jobs = 5 + len(pretrain_jobs(p)) + len(classification_jobs(p)) + len(task_jobs(p)) + bool(p.tasks) + len(probing_jobs(p)) + bool(p.probing)
     threads = max(1, cores // min(2, cores))
     env = os.environ | {'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}', 'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false',
                         'HF_HUB_OFFLINE': os.environ.get('HF_HUB_OFFLINE', '1'), 'PYTHONWARNINGS': 'ignore', 'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'MPLBACKEND': 'Agg', 'GRPC_VERBOSITY': 'ERROR'}
@@ -135,7 +142,6 @@ def run_study(preset: str, data: str = '', cores: int = 2, dry_run: bool = False
     if code or not (results/'manifest.json').is_file():
         print(f'error: {name} is not complete; the lines above name what failed. Correct it and call the same command again: finished jobs are kept.', file=sys.stderr)
         return 1
-    table = results/'tables'/'classification.md'
-    if table.is_file(): print('\n' + table.read_text(encoding='utf-8'))
-    print(f'{_relative(results)}: tables/, figures/ and manifest.json; executed notebooks in {_relative(runs)} ({time.time() - start:.0f} s)')
+    print('\n' + _summary(results))
+    print(f'{_relative(results)}: REPORT.md, tables/, figures/ and manifest.json; executed notebooks in {_relative(runs)} ({time.time() - start:.0f} s)')
     return 0

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..config import Preset
 from ..data.knowledge import ENTITY_NAMES, extract_entities
 from ..evaluation.text import stated_entities
-from .collect import PROTOCOLS
+from .collect import PROTOCOLS, SHORT_NAMES
 from .experiments import load_studies
 from .figures import METHOD_COLOURS, save_figure, show_picture
 from .launch import task_jobs
@@ -142,10 +142,8 @@ class StudyFigures:
             if (fig := make()) is not None: yield fig
 
 # %% ../../nbs/study/96_study_figures.ipynb #f0c94a5d
-_TITLES = {'auroc': 'AUROC', 'grounding_auroc': 'AUROC of grounding', 'bleu_4': 'BLEU-4', 'map_40_75': 'mAP', 'cnr': 'CNR', 'pointing': 'pointing game', 'clinical_f1': 'clinical F1', 'vqa': 'VQA'}
-
 def _title(task: str, dataset: str, protocol: str, metric: str) -> str:
-    name = lambda s: _TITLES.get(s, PROTOCOLS.get(s, s.replace('_', ' ')))
+    name = lambda s: SHORT_NAMES.get(s, PROTOCOLS.get(s, s.replace('_', ' ')))
     return ', '.join(name(s) for s in (task, dataset, protocol, metric) if s)
 
 def _forests(panels: dict[str, pd.DataFrame], xlabel: str, columns: int = 3) -> plt.Figure: # title: table of `plot_forest`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTES', 'HEADLINE', 'TITLES', 'SHOWN', 'task_values', 'TaskCell', 'load_task_cells', 'task_table', 'task_comparisons',
-           'task_wide', 'task_report', 'task_latex']
+           'task_wide', 'task_report', 'task_latex', 'write_tasks']
 
 # %% ../../nbs/study/68_task_tables.ipynb #a3457adc
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..config import Preset
 from ..evaluation.detection import detection_metrics
 from ..evaluation.grounding import MAP_METRICS, choose_share, map_metrics
 from ..evaluation.metrics import UndefinedMetric
@@ -22,7 +23,8 @@ from ..evaluation.statistics import bootstrap_p, holm, macro_weighted, patient_w
 from ..evaluation.text import NLG_METRICS, report_metrics
 from ..evaluation.vqa import VQA_METRICS, vqa_metrics
 from ..paths import GKError, read_text
-from .collect import REFERENCES, published
+from .collect import REFERENCES, published, write_table
+from .launch import task_jobs
 
 # %% ../../nbs/study/68_task_tables.ipynb #87d7514d
 def _classes(f: pd.DataFrame, weights_of: Callable) -> dict[str, np.ndarray]:
@@ -160,3 +162,17 @@ def task_report(table: pd.DataFrame, comparisons: pd.DataFrame, task: str, about
 def task_latex(table: pd.DataFrame, task: str) -> str:
     "One tabular per data set."
     return '\n\n'.join(task_wide(table, task, d).to_latex(escape=True, caption=f'{TITLES[task]}, {d}: mean and 95 % interval.') for d in table['dataset'].unique())
+
+def write_tasks(p: Preset, runs: Path, tables: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
+    "Write a table per task, and task_comparisons, from a preset's finished runs; ({task: Markdown}, {table: run ids})."
+    cells = load_task_cells([runs/j for j in task_jobs(p)], runs)
+    table, comparisons, reports, used = task_table(cells), task_comparisons(cells), {}, {}
+    for task in p.tasks:
+        own = table[table['task'] == task].reset_index(drop=True)
+        reports[task] = task_report(own, comparisons, task, p.about)
+        write_table(own, tables, task, reports[task], task_latex(own, task))
+        used[task] = sorted({r for rs in own['runs'] for r in rs.split()})
+    if len(comparisons):
+        write_table(comparisons, tables, 'task_comparisons')
+        used['task_comparisons'] = sorted({r for c in cells for r in c.runs})
+    return reports, used
