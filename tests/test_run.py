@@ -120,3 +120,29 @@ def test_latin1_preset_names_the_byte(tmp_path):
     (tmp_path/'p.yaml').write_bytes('about: Röntgen\n'.encode('latin1'))
     r = cli('paper', '--preset', str(tmp_path/'p.yaml'), GK_MVLP_OUT=str(tmp_path))
     assert r.returncode == 1 and 'not UTF-8' in r.stderr
+
+
+CREDENTIALED = 'about: a test\ndata: {n: 40, size: 64}\ndetector: {image_size: 64, train: {epochs: 1, batch_size: 8}}\nmodel: {}\npretrain: {}\nfinetune: {}\ncredentialed: true\n'
+LEAKS = ['print("CANARY p10000032")', 'import sys; print("CANARY", file=sys.stderr)', 'import warnings; warnings.warn("CANARY")', '"CANARY"', 'from IPython.display import display, HTML; display(HTML("<p>CANARY</p>"))',
+         'import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()']
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_nothing_of_credentialed_data_stays_in_a_notebook(tmp_path, fails):
+    "Printed, warned, shown, drawn or raised: only cells tagged 'aggregate' keep output, and no message of an error survives."
+    (tmp_path/'secret.yaml').write_text(CREDENTIALED)
+    last = 'raise ValueError("CANARY p10000032")' if fails else 'from gk_mvlp.study.run import begin_run, end_run\nend_run(begin_run(out, "paper", {}), {"auroc": .8})\n"kept: .8"'
+    cells = [nbformat.v4.new_code_cell('preset: str = ""\nout: str = ""', metadata={'tags': ['parameters']}), *map(nbformat.v4.new_code_cell, LEAKS), nbformat.v4.new_code_cell(last, metadata={'tags': ['aggregate']})]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'n.ipynb')
+    params = {'preset': str(tmp_path/'secret.yaml')}
+    if fails:
+        with pytest.raises(GKError): R.run_notebook(tmp_path/'n.ipynb', tmp_path/'run', params)
+    else: R.run_notebook(tmp_path/'n.ipynb', tmp_path/'run', params)
+    nb = nbformat.read(tmp_path/'run/run.ipynb', as_version=4)
+    outputs = json.dumps([c.get('outputs', []) for c in nb.cells])
+    assert 'CANARY' not in outputs and 'p10000032' not in outputs and 'image/png' not in outputs and not (tmp_path/'run/kernel.log').exists()
+    assert ('ValueError' in outputs) if fails else ('kept: .8' in outputs)
+    (tmp_path/'open.yaml').write_text(CREDENTIALED.replace('true', 'false'))
+    if not fails:
+        R.run_notebook(tmp_path/'n.ipynb', tmp_path/'open', {'preset': str(tmp_path/'open.yaml')})
+        assert 'CANARY' in (tmp_path/'open/run.ipynb').read_text() and 'image/png' in (tmp_path/'open/run.ipynb').read_text()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGE_PACKAGES', 'notebook_parameters', 'stage_sources', 'code_hash', 'begin_run', 'end_run', 'environment',
-           'run_notebook', 'main']
+           'is_credentialed', 'withhold', 'run_notebook', 'main']
 
 # %% ../../nbs/study/60_run.ipynb #34a8b056
 import argparse
@@ -19,16 +19,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import nbformat
 import yaml
 from nbclient.exceptions import DeadKernelError
 
-from ..config import check_params
+from ..config import check_params, load_preset
 from ..paths import GKError, project_root, read_text, runs_dir, write_json
 
 # %% ../../nbs/study/60_run.ipynb #0f9e30a2
@@ -145,6 +146,28 @@ def _complaint(err, out: Path) -> str:
     what = re.sub(r'\x1b\[[0-9;]*m', '', ' '.join(str(err.evalue).split()))
     return what if err.ename == 'GKError' else f'{err.ename}: {what[:300]}. See the executed notebook {out}'
 
+# %% ../../nbs/study/60_run.ipynb #c4ed0002
+def is_credentialed(preset: str) -> bool:
+    "Is this the name or file of a preset whose data are under a use agreement?"
+    return bool(preset) and load_preset(preset).credentialed
+
+def withhold(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    "The notebook with the outputs of cells tagged 'aggregate' alone; printed text and messages of errors are withheld in these, too."
+    for cell in (c for c in nb.cells if c.cell_type == 'code'):
+        kept = [o for o in cell.outputs if o.output_type in ('display_data', 'execute_result')] if 'aggregate' in cell.metadata.get('tags', []) else []
+        failed = [nbformat.v4.new_output('error', ename=o.ename, evalue='withheld: the data are under a use agreement', traceback=[]) for o in cell.outputs if o.output_type == 'error']
+        cell.outputs = kept + failed
+    return nb
+
+@contextmanager
+def _withheld(out: Path):
+    "Where to execute a notebook whose outputs may not reach `out`."
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/'run.ipynb'
+        try: yield path
+        finally:
+            if path.is_file(): nbformat.write(withhold(nbformat.read(path, as_version=4)), out)
+
 # %% ../../nbs/study/60_run.ipynb #b7718ff6
 def run_notebook(notebook: str | Path, run_dir: str | Path, params: dict, progress: bool = False) -> Path:
     "Execute a notebook into `run_dir`/run.ipynb; `GKError` on a refused parameter, a failed cell or missing metrics. A failed notebook is kept."
@@ -153,13 +176,13 @@ def run_notebook(notebook: str | Path, run_dir: str | Path, params: dict, progre
     known = notebook_parameters(notebook)
     check_params(params, known, str(notebook))
     if 'out' in known: params = {**params, 'out': str(run_dir)}
-    start, out = time.time(), run_dir/'run.ipynb'
+    start, out, hide = time.time(), run_dir/'run.ipynb', is_credentialed(params.get('preset', ''))
     with _locked(run_dir):
         (run_dir/'metrics.json').unlink(missing_ok=True)
         try:
-            with warnings.catch_warnings(), _kernel_log(run_dir/'kernel.log'):
+            with warnings.catch_warnings(), _kernel_log(Path(os.devnull) if hide else run_dir/'kernel.log'), _withheld(out) if hide else nullcontext(out) as written:
                 warnings.simplefilter('ignore')
-                pm.execute_notebook(str(notebook), str(out), parameters=params, kernel_name='python3', language='python', progress_bar=progress, log_output=False, cwd=str(project_root()))
+                pm.execute_notebook(str(notebook), str(written), parameters=params, kernel_name='python3', language='python', progress_bar=progress, log_output=False, cwd=str(project_root()))
         except pm.PapermillExecutionError as err: raise GKError(_complaint(err, out)) from err
         except (DeadKernelError, RuntimeError) as err: raise GKError(f'{notebook}: its kernel died ({" ".join(str(err).split())[:120]})', f'Often too little memory: lower the batch size. See {run_dir}/kernel.log. The same command continues from the last checkpoint.') from err
         if not (run_dir/'metrics.json').is_file(): raise GKError(f'{notebook}: the run wrote no metrics.json', f'Its last cell must call end_run. See {out}.')
