@@ -56,6 +56,7 @@ def test_everything_is_there(study):
         assert {'run.ipynb', 'config.json', 'metrics.json', 'env.json'} <= {f.name for f in r.iterdir()}, r
         nb = nbformat.read(r/'run.ipynb', as_version=4)
         assert nb.metadata.papermill.exception is None and nb.metadata.papermill.end_time
+        if 'pretrain' in str(r) or 'classification' in str(r) or r.name == 'detector': assert 'image/png' in json.dumps([c.get('outputs', []) for c in nb.cells]), f'{r}: its figures are in the notebook'
     assert 'REPORT.md, tables/, figures/ and manifest.json' in said and 'Classification (AUROC' in said and '| verdict' in said and 'AUPRC' not in said
 
 

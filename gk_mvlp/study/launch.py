@@ -133,7 +133,7 @@ def run_study(preset: str, data: str = '', cores: int = 2, dry_run: bool = False
     jobs = 5 + len(pretrain_jobs(p)) + len(classification_jobs(p)) + len(task_jobs(p)) + bool(p.tasks) + len(probing_jobs(p)) + bool(p.probing)
     threads = max(1, cores // min(2, cores))
     env = os.environ | {'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}', 'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false',
-                        'HF_HUB_OFFLINE': os.environ.get('HF_HUB_OFFLINE', '1'), 'PYTHONWARNINGS': 'ignore', 'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'MPLBACKEND': 'Agg', 'GRPC_VERBOSITY': 'ERROR'}
+                        'HF_HUB_OFFLINE': os.environ.get('HF_HUB_OFFLINE', '1'), 'PYTHONWARNINGS': 'ignore', 'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'GRPC_VERBOSITY': 'ERROR'}
     print(f'{name}: {p.about} {jobs} jobs in all; finished ones are not run again.', flush=True)
     lock = _lock(runs)
     try: code = subprocess.run(command, env=env, cwd=project_root()).returncode

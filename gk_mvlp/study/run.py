@@ -132,6 +132,16 @@ def _locked(folder: Path):
         yield
 
 @contextmanager
+def _inline_pictures():
+    "Figures go into the notebook, whatever MPLBACKEND the shell has."
+    saved = os.environ.get('MPLBACKEND')
+    os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'
+    try: yield
+    finally:
+        if saved is None: del os.environ['MPLBACKEND']
+        else: os.environ['MPLBACKEND'] = saved
+
+@contextmanager
 def _kernel_log(path: Path):
     "Send what the kernel's process writes to its standard error into a file: its start-up notes are noise here, its last words before a crash are not."
     saved = os.dup(2)
@@ -180,7 +190,7 @@ def run_notebook(notebook: str | Path, run_dir: str | Path, params: dict, progre
     with _locked(run_dir):
         (run_dir/'metrics.json').unlink(missing_ok=True)
         try:
-            with warnings.catch_warnings(), _kernel_log(Path(os.devnull) if hide else run_dir/'kernel.log'), _withheld(out) if hide else nullcontext(out) as written:
+            with warnings.catch_warnings(), _inline_pictures(), _kernel_log(Path(os.devnull) if hide else run_dir/'kernel.log'), _withheld(out) if hide else nullcontext(out) as written:
                 warnings.simplefilter('ignore')
                 pm.execute_notebook(str(notebook), str(written), parameters=params, kernel_name='python3', language='python', progress_bar=progress, log_output=False, cwd=str(project_root()))
         except pm.PapermillExecutionError as err: raise GKError(_complaint(err, out)) from err
