@@ -126,6 +126,7 @@ def write_results(out: Path) -> tuple[list[dict], str]:
         if (source/'manifest.json').is_file():
             runs = json.loads((source/'manifest.json').read_text(encoding='utf-8'))['runs']
             lines += [f'{len(runs)} runs, {sum(r["seconds"] or 0 for r in runs.values()) / 60:.0f} minutes of run time together. Every file below is tied to its runs by `paper_results/{preset}/manifest.json`.', '']
+        if (source/'REPORT.md').is_file(): lines += ['<div class="jp" markdown>', '', re.sub(r'^# .*\n', '', (source/'REPORT.md').read_text(encoding='utf-8')), '', '</div>', '']
         pictures = []
         for f in sorted((source/'figures').glob('*.png')):
             name = f'{preset}-{f.name}'
@@ -146,6 +147,16 @@ def write_results(out: Path) -> tuple[list[dict], str]:
     return [*nav, {'Published numbers': 'results/published.md'}], front or 'No study of this version has been run to its end and committed, so there is no result to show yet: `make paper` makes them.'
 
 
+def costs_table() -> str:
+    "Parameters and FLOPs of the paper-size model by part, as `benchmarks/costs.py` counted them."
+    d = json.loads((ROOT/'benchmarks'/'results'/'costs.json').read_text(encoding='utf-8'))
+    rows = [(k.removeprefix('parameters_m_').replace('_', ' '), v, d.get(k.replace('parameters_m_', 'forward_gflops_'))) for k, v in d.items() if k.startswith('parameters_m_')]
+    rows += [('elsewhere (heads, attention between modules)', None, d['forward_gflops_elsewhere']), ('**all**', d['parameters_m'], d['forward_gflops']), ('**a training step, per sample (F)**', None, d['step_gflops'])]
+    table = pd.DataFrame([(name, *('' if x is None else f'{x:.1f}' for x in xs)) for name, *xs in rows], columns=['part', 'parameters (M)', 'GFLOPs per sample']).to_markdown(index=False, disable_numparse=True)
+    return (f'{table}\n\nWeights {d["weights_gb"]:.1f} GB; gradients and moments of the {d["trained_parameters_m"]:.0f} M trained ones {d["gradients_and_moments_gb"]:.1f} GB. '
+            f'At an MFU of 45 % a card of 989 TFLOP/s (H100, bf16) would see {.45 * 989e3 / d["step_gflops"]:.0f} images a second.')
+
+
 def write_pages(out: Path) -> list[dict]:
     "All Markdown pages; the nav."
     shutil.rmtree(out, ignore_errors=True)
@@ -158,7 +169,9 @@ def write_pages(out: Path) -> list[dict]:
     api, (results, front) = write_api(out), write_results(out)
     index = out/'index.md'
     index.write_text(index.read_text(encoding='utf-8').replace('<!-- results -->', front), encoding='utf-8')
-    guides = [{'Your own data': 'your_data.md'}, {'Add a task': 'add_a_task.md'}, {'Run on Slurm': 'slurm.md'}]
+    scaling = out/'scaling.md'
+    scaling.write_text(scaling.read_text(encoding='utf-8').replace('<!-- costs -->', costs_table()), encoding='utf-8')
+    guides = [{'Your own data': 'your_data.md'}, {'Add a task': 'add_a_task.md'}, {'Run on Slurm': 'slurm.md'}, {'From one GPU to many': 'scaling.md'}]
     return [{'Start': 'index.md'}, {'Tutorial': sections.pop('Tutorial')}, {'Results': results}, {'Method': [{k: v} for k, v in sections.items()]}, {'Guides': guides}, {'API': api}]
 
 

@@ -15,7 +15,6 @@ def study(folder: Path) -> list[str]:
     manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
     table = pd.read_csv(folder/'tables/classification.csv')
     table = table[table['metric'] == 'auroc']
-    comparisons = pd.read_csv(folder/'tables/comparisons.csv')
     seconds = [r['seconds'] for r in manifest['runs'].values()]
     hardware = next(iter(manifest['runs'].values()))['hardware']
     out = [f'### `{folder.name}`', '', f'{len(seconds)} runs, {sum(seconds) / 60:.0f} minutes of run time together on {hardware["cpus"]} cores'
@@ -27,9 +26,9 @@ def study(folder: Path) -> list[str]:
     n = '; '.join(f'{d}: {g["n"].iloc[0]} test studies of {g["n_patients"].iloc[0]} patients' for d, g in table.groupby('dataset'))
     out += [f'Linear probe, AUROC, mean and 95 % interval over patients and {int(table["seeds"].max())} seed(s). {n}.', '',
             wide.loc[[m for m in METHODS if m in wide.index]].to_markdown(), '']
-    sure = comparisons[comparisons['p_holm'] < .05]
-    better, worse = int((sure['difference'] > 0).sum()), int((sure['difference'] < 0).sum())
-    out.append(f'Of {len(comparisons)} paired comparisons of `gk` with baselines and controls, {better} are better and {worse} worse at p < .05 after Holm correction.')
+    report = (folder/'REPORT.md').read_text(encoding='utf-8')
+    gates, short = report.split('## Did the models learn?')[1].split('## In short')
+    out += [f'[Report]({folder.relative_to(ROOT)}/REPORT.md). ' + gates.strip().splitlines()[-1], '', short.split('## The detector')[0].strip(), '']
     detector = pd.read_csv(folder/'tables/detector.csv')
     for metric, what in (('region_iou', 'on held-out phantoms, mean IoU of the 29 regions'), ('lung_iou', 'on real X-rays, mean IoU of the lungs')):
         d = detector[detector['metric'] == metric].set_index('method')
