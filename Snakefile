@@ -40,7 +40,7 @@ rule all:
 rule detector:
     input: nb="nbs/experiments/70_detector.ipynb", lib=stage_sources("detector")
     output: f"{DETECTOR}/metrics.json"
-    params: label="detector", p=given(seed=P.seeds[0]), settings=json.dumps([P.data, P.detector])
+    params: label="detector", p=given(seed=P.seeds[0]), settings=json.dumps([P.data, P.detector, P.detector_dataset])
     threads: workflow.cores      # it runs alone: all others wait for it
     shell: RUN
 

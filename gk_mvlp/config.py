@@ -66,6 +66,7 @@ class Preset:
     model: dict                                  # ModelConfig fields
     pretrain: dict                               # TrainConfig fields
     finetune: dict                               # TrainConfig fields
+    detector_dataset: str = 'phantom'            # its boxes train the region detector
     pretrain_dataset: str = 'phantom'
     pretrain_ratio: float = 100.                 # per cent of the training patients whose reports pre-train
     classification: tuple[str, ...] = ('phantom',) # data sets

@@ -143,14 +143,14 @@ def shown_evidence(rows: pd.DataFrame) -> pd.DataFrame:
                         'p (Holm)': [f'{x:.3f}' if x == x else '' for x in rows['p_holm']], 'n': rows['n']})
     return out[[c for c in out if (out[c].astype(str) != '').any()]]
 
-# %% ../../nbs/study/98_claims.ipynb #64339f7b
+# %% ../../nbs/study/98_claims.ipynb #44295b76
 LUNG_GOAL = .85
 
 def detector_lines(t: pd.DataFrame) -> list[str]:
     "What the detector table says, beside the constant box."
     if not len(t): return ['Not measured.']
     wide, out = t.set_index(['dataset', 'metric', 'method']), []
-    names = {'region_iou': 'IoU of the 29 regions on held-out phantoms', 'detection_rate': 'regions found (IoU over .5)', 'lung_iou': 'IoU of the lung boxes on real X-rays, none of them seen in training'}
+    names = {'region_iou': f'IoU of the 29 regions on held-out studies ({t["dataset"].iloc[0]})', 'detection_rate': 'regions found (IoU over .5)', 'lung_iou': 'IoU of the lung boxes on real X-rays, none of them seen in training'}
     for d, m in dict.fromkeys(zip(t['dataset'], t['metric'])):
         a, b = wide.loc[(d, m, 'detector')], wide.loc[(d, m, 'constant')]
         out.append(f'- {names.get(m, m)}: {a["mean"]:.3f} ({a["low"]:.3f} to {a["high"]:.3f}); constant box {b["mean"]:.3f} ({b["low"]:.3f} to {b["high"]:.3f}); n = {int(a["n"])}.' + (f' Goal {LUNG_GOAL}: {"reached" if a["mean"] >= LUNG_GOAL else "not reached"}.' if m == 'lung_iou' else ''))

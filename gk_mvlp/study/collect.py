@@ -142,14 +142,15 @@ def comparison_table(cells: Sequence[Cell], method: str = 'gk', n_boot: int = 25
     return table
 
 # %% ../../nbs/study/64_collect.ipynb #63c7da64
-def detector_table(run: Path) -> pd.DataFrame:
-    "Region IoU on held-out phantoms and lung IoU on real X-rays, detector beside the constant median box, with bootstrap intervals over regions' pictures or patients."
+def detector_table(run: Path, dataset: str = 'phantom' # that it was trained on
+                   ) -> pd.DataFrame:
+    "Region IoU on held-out studies of its data set and lung IoU on real X-rays, detector beside the constant median box, with bootstrap intervals over regions' pictures or patients."
     t, rows = pd.read_csv(run/'regions.csv'), []
     for method, prefix in (('detector', ''), ('constant', 'constant_')):
         for metric, column in (('region_iou', 'iou'), ('detection_rate', 'detection_rate')):
             v = t[f'{prefix}{column}'].to_numpy()
             b = np.random.default_rng(0).choice(v, (1000, len(v))).mean(1)
-            rows.append({'task': 'detector', 'dataset': 'phantom', 'method': method, 'ratio': np.nan, 'metric': metric, 'mean': v.mean(), 'low': np.quantile(b, .025), 'high': np.quantile(b, .975), 'seeds': 1, 'n': int(t['n'].max()), 'interval': 'over regions'})
+            rows.append({'task': 'detector', 'dataset': dataset, 'method': method, 'ratio': np.nan, 'metric': metric, 'mean': v.mean(), 'low': np.quantile(b, .025), 'high': np.quantile(b, .975), 'seeds': 1, 'n': int(t['n'].max()), 'interval': 'over regions'})
     if (run/'lungs.csv').is_file():
         f = pd.read_csv(run/'lungs.csv')
         w = patient_weights(f['patient'].astype(str))
@@ -226,7 +227,7 @@ def write_classification(p: Preset, runs: Path, tables: Path) -> tuple[str, dict
     write_table(table, tables, 'classification', report, latex_report(table))
     write_table(comparisons, tables, 'comparisons')
     write_table(class_table(cells), tables, 'classification_classes')
-    write_table(detector_table(runs/'detector'), tables, 'detector')
+    write_table(detector_table(runs/'detector', p.detector_dataset), tables, 'detector')
     used = sorted({r for c in cells for r in c.runs})
     return report, {'classification': used, 'classification_classes': used, 'comparisons': used, 'detector': ['detector']}
 

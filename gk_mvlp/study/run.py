@@ -200,6 +200,13 @@ def run_notebook(notebook: str | Path, run_dir: str | Path, params: dict, progre
     return out
 
 # %% ../../nbs/study/60_run.ipynb #a1887665
+def _progress() -> str:
+    "'[12/86] ' inside a study, from GK_MVLP_STUDY = '<jobs> <folder>'."
+    total, _, folder = os.environ.get('GK_MVLP_STUDY', '').partition(' ')
+    if not total.isdigit() or not Path(folder).is_dir(): return ''
+    done = sum(1 for pattern in ('*/metrics.json', '*/*/metrics.json') for _ in Path(folder).glob(pattern))
+    return f'[{min(done, int(total))}/{total}] '
+
 def main(argv: list[str] | None = None) -> int:
     "Command line: 0 done, 1 a clear error in one line."
     p = argparse.ArgumentParser(prog='python -m gk_mvlp.study.run', description='Run an experiment notebook with checked parameters.')
@@ -217,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     except GKError as err:
         print(f'error  {label}: {err}', file=sys.stderr, flush=True)
         return 1
-    print(f'done   {label} in {time.time() - start:.0f} s', flush=True)
+    print(f'done   {_progress()}{label} in {time.time() - start:.0f} s', flush=True)
     return 0
 
 # %% ../../nbs/study/60_run.ipynb #313f4726
