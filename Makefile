@@ -1,6 +1,7 @@
 # Two commands do the work: `make paper` and `make test`. Each makes .venv by itself.
 PRESET ?= mini
 DATA   ?=
+PROFILE ?=
 CORES  ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -12,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  PRESET=smoke|mini|public (now: $(PRESET))   DATA=<data root>   CORES=<n> (now: $(CORES))"
+	@echo "  PRESET=smoke|mini|public|full|paper (now: $(PRESET))   DATA=<data root>   CORES=<n> (now: $(CORES))   PROFILE=profiles/slurm: on a cluster"
 
 install: $(STAMP) ## make .venv with the exact versions of constraints.txt (done by the others when needed)
 
@@ -24,7 +25,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@touch $@
 
 paper: $(STAMP) ## run the study PRESET and make its tables and figures: paper_results/PRESET
-	@$(BIN)/gk-mvlp paper --preset "$(PRESET)" --data "$(DATA)" --cores $(CORES)
+	@$(BIN)/gk-mvlp paper --preset "$(PRESET)" --data "$(DATA)" --cores $(CORES) --profile "$(PROFILE)"
 
 plan: $(STAMP) ## list the jobs that `make paper` would run
 	@$(BIN)/gk-mvlp paper --preset "$(PRESET)" --data "$(DATA)" --cores $(CORES) --dry-run

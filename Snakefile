@@ -8,6 +8,8 @@ from gk_mvlp.study.launch import classification_jobs, pretrained, probing_jobs, 
 from gk_mvlp.study.run import stage_sources
 from gk_mvlp.study.variants import method_settings
 
+localrules: all, manifest
+
 PRESET, DATA = config["preset"], config.get("data") or ""     # "data=" on the command line arrives as None
 RUNS, RESULTS = config["runs"], config["results"]
 P = load_preset(PRESET)
@@ -41,7 +43,7 @@ rule detector:
     input: nb="nbs/experiments/70_detector.ipynb", lib=stage_sources("detector")
     output: f"{DETECTOR}/metrics.json"
     params: label="detector", p=given(seed=P.seeds[0]), settings=json.dumps([P.data, P.detector, P.detector_dataset])
-    threads: workflow.cores      # it runs alone: all others wait for it
+    threads: workflow.cores or 1  # it runs alone: all others wait for it
     shell: RUN
 
 rule pretrain:

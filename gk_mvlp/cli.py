@@ -17,6 +17,7 @@ def parser() -> argparse.ArgumentParser:
     paper = sub.add_parser('paper', help='run a study and make its tables and figures')
     paper.add_argument('--preset', default='mini'); paper.add_argument('--data', default='', help='data root')
     paper.add_argument('--cores', type=int, default=2); paper.add_argument('--dry-run', action='store_true')
+    paper.add_argument('--profile', default='', metavar='DIR', help='a Snakemake profile, for example profiles/slurm: jobs go to a cluster')
     verify = sub.add_parser('verify', help='recompute the tables of a study from its saved predictions; any difference is an error')
     verify.add_argument('--preset', default='mini')
     sub.add_parser('presets', help='list the presets')
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             from gk_mvlp.data.check import main_check
             return main_check(args.name, args.root, args.set, not args.no_pictures)
         from gk_mvlp.study.launch import run_study
-        return run_study(args.preset, args.data, args.cores, args.dry_run)
+        return run_study(args.preset, args.data, args.cores, args.dry_run, args.profile)
     except GKError as err:
         print(f'error: {err}', file=sys.stderr)
         return 1

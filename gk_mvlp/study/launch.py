@@ -127,9 +127,9 @@ def _lock(folder: Path):
 
 def _relative(p: Path) -> str: return str(p.relative_to(project_root())) if p.is_relative_to(project_root()) else str(p)
 
-def snakemake_command(preset: str, data: str, runs: str, results: str, cores: int, dry_run: bool = False) -> list[str]:
-    "The call of Snakemake for a preset."
-    return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'Snakefile'), '--directory', str(project_root()), '--cores', str(cores),
+def snakemake_command(preset: str, data: str, runs: str, results: str, cores: int, dry_run: bool = False, profile: str = '') -> list[str]:
+    "The call of Snakemake for a preset: on `cores` of this machine, or where a workflow profile says."
+    return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'Snakefile'), '--directory', str(project_root()), *(['--workflow-profile', profile] if profile else ['--workflow-profile', 'none', '--cores', str(cores)]),
             '--nolock', '--rerun-incomplete', '--keep-going', '--quiet', *(['rules', 'host'] if dry_run else ['all']), *(['--dry-run'] if dry_run else []),
             '--config', f'preset={preset}', f'data={data}', f'runs={runs}', f'results={results}']
 
@@ -148,14 +148,15 @@ def _opening(name: str, p: Preset, runs: Path, results: Path, cores: int) -> str
     took = '' if not left else f'about {max(1, round(seconds / 60))} minutes by the times in {_relative(results)}/manifest.json' if seconds else 'no earlier run to estimate the time from'
     return f'{name}: {p.about} {len(jobs)} jobs, {len(jobs) - len(left)} of them finished before' + (f'; {took}.' if took else '; they run again only if their settings or code changed.')
 
-def run_study(preset: str, data: str = '', cores: int = 2, dry_run: bool = False) -> int:
-    "Run (or list) all jobs of a preset; 0 when every result is there, else 1 with one line per failed job."
+def run_study(preset: str, data: str = '', cores: int = 2, dry_run: bool = False, profile: str = '') -> int:
+    "Run (or list) all jobs of a preset, here or where a Snakemake profile sends them; 0 when every result is there, else 1 with one line per failed job."
+    if profile and not list(Path(profile).glob('config*.yaml')): raise GKError(f'profile {profile!r}: no config.yaml there', 'Give a folder such as profiles/slurm.')
     p = load_preset(preset)
     check_preset(p)
     name = Path(preset).stem if preset.endswith(('.yaml', '.yml')) else preset
     if p.needs: data = str(data_root(data or None, p.needs))
     runs, results, start = runs_dir()/name, results_dir()/name, time.time()
-    command = snakemake_command(preset, data, _relative(runs), _relative(results), cores, dry_run)
+    command = snakemake_command(preset, data, _relative(runs), _relative(results), cores, dry_run, str(Path(profile).resolve()) if profile else '')
     threads = max(1, cores // min(2, cores))
     env = os.environ | {'GK_MVLP_STUDY': f'{len(study_jobs(p))} {runs}', 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}', 'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false',
                         'HF_HUB_OFFLINE': os.environ.get('HF_HUB_OFFLINE', '1'), 'PYTHONWARNINGS': 'ignore', 'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'GRPC_VERBOSITY': 'ERROR'}
