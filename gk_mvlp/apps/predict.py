@@ -236,6 +236,7 @@ def _statement_odds(self, image: np.ndarray, name: str) -> float:
     v = F.normalize(m.image_proj(m.image_encoder(self.batch(image)['images'])[:, 0]), dim=-1)
     return float((m.logit_scale.exp().clamp(1, 100) * (v @ t.T))[0].softmax(0)[0])
 
+# %% ../../nbs/apps/80_predict.ipynb #45b422ac
 def parse_question(question: str) -> tuple[str, str]:
     "('where', entity), ('is', entity) or ('which', ''); a `GKError` says which questions are understood."
     q = question.strip().lower()
@@ -283,6 +284,7 @@ def _legend(side: int, font) -> Image.Image:
         draw.text((x + font.size * 1.1, y), group, fill='black', font=font); x += width
     return strip
 
+# %% ../../nbs/apps/80_predict.ipynb #16b107b9
 def overlay(p: Prediction, entity: str = '', # '' = all regions, else the regions that attend to it
             side: int = 768 # longer side of the result, pixels
             ) -> Image.Image:

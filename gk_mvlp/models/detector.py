@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -229,17 +230,19 @@ class RegionDetector(nn.Module):
         self.train(was)
         return {k: torch.cat(v).to(images.device) for k, v in zip(('boxes', 'scores', 'valid', 'features'), zip(*parts, strict=True), strict=True)}
 
-    @torch.no_grad()
-    def describe(self, images: Tensor, # float [B, 1, S, S] from `to_float`
-                 boxes: Tensor, # [B, 29, 4], 0..1
-                 batch_size: int = 32) -> Tensor:
-        "Features [B, 29, C] of given boxes, pooled as `detect` pools its own."
-        self._check(images)
-        was, device = self.training, next(self.parameters()).device
-        self.eval()
-        out = [pool_regions(self.backbone(x.to(device)), b.to(device), 4).mean((-2, -1)).float() for x, b in zip(images.split(batch_size), boxes.float().split(batch_size), strict=True)]
-        self.train(was)
-        return torch.cat(out).to(images.device)
+# %% ../../nbs/models/21_detector.ipynb #d35c61be
+@patch
+@torch.no_grad()
+def describe(self: RegionDetector, images: Tensor, # float [B, 1, S, S] from `to_float`
+             boxes: Tensor, # [B, 29, 4], 0..1
+             batch_size: int = 32) -> Tensor:
+    "Features [B, 29, C] of given boxes, pooled as `detect` pools its own."
+    self._check(images)
+    was, device = self.training, next(self.parameters()).device
+    self.eval()
+    out = [pool_regions(self.backbone(x.to(device)), b.to(device), 4).mean((-2, -1)).float() for x, b in zip(images.split(batch_size), boxes.float().split(batch_size), strict=True)]
+    self.train(was)
+    return torch.cat(out).to(images.device)
 
 # %% ../../nbs/models/21_detector.ipynb #c21b1488
 def detection_loss(model: nn.Module, # a `RegionDetector`, wrapped or not

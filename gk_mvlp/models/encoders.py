@@ -125,9 +125,10 @@ def train_tokenizer(texts: Iterable[str], # training texts only
     tok.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=[(t, tok.token_to_id(t)) for t in ('[CLS]', '[SEP]')])
     return PreTrainedTokenizerFast(tokenizer_object=tok, **SPECIAL_TOKENS)
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, saved: bool = False # with one of our models: the folder says all, and no class of transformers is looked for
+                   ) -> PreTrainedTokenizerFast:
     "A tokenizer by hub name or folder; the decoder's start and end tokens are added where a BERT vocabulary has none."
-    try: tok = AutoTokenizer.from_pretrained(name)
+    try: tok = (PreTrainedTokenizerFast if saved else AutoTokenizer).from_pretrained(name)
     except Exception as err: raise GKError(f'tokenizer {name!r} cannot be loaded ({type(err).__name__})', 'Give a folder with tokenizer files, or a hub name on a machine that reaches the hub.') from err
     tok.add_special_tokens({k: SPECIAL_TOKENS[k] for k in ('bos_token', 'eos_token') if getattr(tok, k) is None})
     return tok
@@ -152,6 +153,7 @@ def _bert_of(config: dict) -> nn.Module:
     try: return AutoModel.from_config(c, add_pooling_layer=False)
     except TypeError: return AutoModel.from_config(c)
 
+# %% ../../nbs/models/20_encoders.ipynb #8b22a5ef
 class TextEncoder(nn.Module):
     "A BERT-family encoder: token ids [B, T] to embeddings [B, T, D]."
     def __init__(self,

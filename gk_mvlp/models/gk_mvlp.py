@@ -356,7 +356,7 @@ def from_pretrained(cls: GKMVLP, folder: str | Path # made by `save_pretrained`,
     folder = Path(folder)
     if not (folder/'config.json').is_file(): raise GKError(f'{folder}: no saved model (config.json is missing)', 'Give the folder that save_pretrained wrote, for example runs/<preset>/pretrain/<run>/model.')
     d = json.loads((folder/'config.json').read_text(encoding='utf-8')); d.pop('model_type', None); text_config = d.pop('text_config', {})
-    model = GKMVLP(from_params(ModelConfig, d, str(folder/'config.json')), load_tokenizer(str(folder)), text_config)
+    model = GKMVLP(from_params(ModelConfig, d, str(folder/'config.json')), load_tokenizer(str(folder), saved=True), text_config)
     try: load_model(model, str(folder/'model.safetensors'))
     except Exception as err: raise GKError(f'{folder}/model.safetensors: does not fit its config.json ({" ".join(str(err).split())[:160]})', 'Save the model again.') from err
     return model.eval()

@@ -159,6 +159,7 @@ def task_report(table: pd.DataFrame, comparisons: pd.DataFrame, task: str, about
     lines = [f'- {r.dataset}, {r.protocol}, {r.metric}: gk {"better" if r.difference > 0 else "worse"} than {r.reference} by {abs(r.difference):.3f} ({r.low:.3f} to {r.high:.3f}), p = {r.p_holm:.3f}' for r in sure.itertuples()]
     return '\n'.join([*out, '## What is supported', '', f'Of {len(mine)} paired comparisons of gk, {len(lines)} differ at p < .05 after Holm correction over all tasks.' + ('' if lines else ' No claim about gk is supported.'), *lines, ''])
 
+# %% ../../nbs/study/68_task_tables.ipynb #e9e338ca
 def task_latex(table: pd.DataFrame, task: str) -> str:
     "One tabular per data set."
     return '\n\n'.join(task_wide(table, task, d).to_latex(escape=True, caption=f'{TITLES[task]}, {d}: mean and 95 % interval.') for d in table['dataset'].unique())

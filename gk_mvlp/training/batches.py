@@ -118,19 +118,22 @@ class StudySet(Dataset):
     def set_epoch(self, epoch: int) -> None: "Other augmentations in every epoch."; self.epoch = epoch
     def __len__(self) -> int: return len(self.studies)
 
-    def __getitem__(self, index: Sequence[int]) -> dict[str, Tensor]:
-        """images float [B, 1, S, S]; region_boxes [B, 29, 4], region_valid [B, 29] and, from a detector, region_scores [B, 29], region_features [B, 29, C];
-        with a tokenizer input_ids, attention_mask [B, T], report_key, study_key [B], entities [B, E], relations [B, 29, E], oracle_prompts [B, P]; with targets, targets [B, C]."""
-        i = torch.as_tensor(index).reshape(-1)
-        b = {k: v[i] for k, v in self.fields.items()} | {'images': to_float(self.images[i])}
-        if self.strength > 0:
-            g = step_generator(self.seed, self.epoch, int(i[0]))
-            b['images'], b['region_boxes'] = augment(b['images'], g, b['region_boxes'], self.strength)
-        if 'attention_mask' in b:                               # cut to the longest report of the batch
-            n = int(b['attention_mask'].sum(1).max())
-            b['input_ids'], b['attention_mask'] = b['input_ids'][:, :n], b['attention_mask'][:, :n]
-        return b
-    __getitems__ = __getitem__
+# %% ../../nbs/training/29_batches.ipynb #6e71e3b1
+@patch
+def __getitem__(self: StudySet, index: Sequence[int]) -> dict[str, Tensor]:
+    """images float [B, 1, S, S]; region_boxes [B, 29, 4], region_valid [B, 29] and, from a detector, region_scores [B, 29], region_features [B, 29, C];
+    with a tokenizer input_ids, attention_mask [B, T], report_key, study_key [B], entities [B, E], relations [B, 29, E], oracle_prompts [B, P]; with targets, targets [B, C]."""
+    i = torch.as_tensor(index).reshape(-1)
+    b = {k: v[i] for k, v in self.fields.items()} | {'images': to_float(self.images[i])}
+    if self.strength > 0:
+        g = step_generator(self.seed, self.epoch, int(i[0]))
+        b['images'], b['region_boxes'] = augment(b['images'], g, b['region_boxes'], self.strength)
+    if 'attention_mask' in b:                               # cut to the longest report of the batch
+        n = int(b['attention_mask'].sum(1).max())
+        b['input_ids'], b['attention_mask'] = b['input_ids'][:, :n], b['attention_mask'][:, :n]
+    return b
+
+StudySet.__getitems__ = StudySet.__getitem__
 
 # %% ../../nbs/training/29_batches.ipynb #56ac0b0c
 @patch

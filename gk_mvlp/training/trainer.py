@@ -348,8 +348,7 @@ class Trainer(_EpochEnds):
         main, terminal = self.acc.is_main_process, sys.stderr.isatty()
         from torch.utils.tensorboard import SummaryWriter       # slow to import, and needed only in training
         log = SummaryWriter(self.run_dir/'tensorboard', purge_step=self.global_step + 1) if main else None
-        bar = tqdm(total=self.total_steps, initial=self.global_step, unit='step', disable=self.quiet or not main or not terminal)
-        said = 0.
+        bar, said = tqdm(total=self.total_steps, initial=self.global_step, unit='step', disable=self.quiet or not main or not terminal), 0.
         try:
             while not self.done:
                 self._train_epoch(bar, log)
