@@ -285,6 +285,28 @@ def test_bf16_trains(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU can do fp16')
+def test_average_of_weights(tmp_path):
+    "The kept weights are the moving average, computed another way; evaluation sees it; a killed run continues it bit by bit."
+    config, seen, model = replace(CFG, ema=.8, keep_best=False, epochs=2), [], net()
+    def watched(m, batch):
+        seen.append(model.state_dict()['0.weight'].clone())
+        return mse(m, batch)
+    kept, _, t = train(tmp_path/'a', config, watched, model, evaluate=None, monitor=None)
+    raw = load_checkpoint(t.last_path)['model']['0.weight']
+    first, *after = [seen[i] for i in (2, 4, 6, 7, 9, 11, 13)] + [raw]       # weights after each step; 7 backward passes an epoch, 2 a step but for the last
+    for w in after: first = .8 * first + .2 * w
+    assert torch.allclose(kept.state_dict()['0.weight'], first, atol=1e-6) and not torch.allclose(first, raw, atol=1e-4)
+    whole = train(tmp_path/'b', replace(CFG, ema=.8))[0]
+    with pytest.raises(InterruptedError): train(tmp_path/'c', replace(CFG, ema=.8), killer(13))
+    assert same(train(tmp_path/'c', replace(CFG, ema=.8))[0], whole)
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_nearly_the_same(tmp_path):
+    plain, fast = (train(tmp_path/str(c), replace(CFG, compile=c, epochs=2), model=net(0.))[0] for c in (False, True))
+    for a, b in zip(plain.state_dict().values(), fast.state_dict().values(), strict=True): assert torch.allclose(a, b, atol=1e-4)
+
+
 def test_fp16_on_cpu_is_refused(tmp_path):
     with pytest.raises(GKError, match='needs a GPU'): train(tmp_path, replace(CFG, precision='fp16'))
 

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -50,6 +51,8 @@ class TrainConfig:
     lr_scale: dict[str, float] = field(default_factory=dict)  # parameter-name prefix -> factor on lr; the longest prefix wins
     drop_last: bool = False              # leave out a last step that is not full
     num_workers: int = 0                 # processes that prepare batches
+    ema: float = 0.                      # decay of an exponential moving average of the weights, which is then evaluated and kept; 0 = none
+    compile: bool = False                # torch.compile: minutes at the start, faster steps after that on a GPU
 
     def __post_init__(self):
         def need(ok, name, rule):
@@ -60,6 +63,7 @@ class TrainConfig:
             need(0 <= getattr(self, name) < math.inf, name, 'at least 0')
         need(0 < self.lr < math.inf, 'lr', 'above 0')
         need(0 <= self.warmup_ratio <= 1, 'warmup_ratio', 'from 0 to 1')
+        need(0 <= self.ema < 1, 'ema', 'from 0 to below 1')
         need(self.precision in ('no', 'bf16', 'fp16'), 'precision', "'no', 'bf16' or 'fp16'")
         need(all(v >= 0 for v in self.lr_scale.values()), 'lr_scale', 'a dict of factors of at least 0')
 
@@ -172,11 +176,16 @@ class _Setup(_State):
         self.schedule = get_cosine_schedule_with_warmup(self.opt, round(c.warmup_ratio * self.total_steps), self.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.precision == 'fp16')
         self.wrapped = self.acc.prepare_model(self.model)
+        if c.compile: self.wrapped = torch.compile(self.wrapped)
+        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(c.ema), use_buffers=True) if c.ema else None
         self.dtype = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(c.precision)
 
     @contextmanager
     def _autocast(self):
         with attention_backend(self.device.type), torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None): yield
+
+    @property
+    def kept(self) -> nn.Module: "The weights that count: the average where there is one."; return self.ema.module if self.ema is not None else self.model
 
     def _say(self, text: str) -> None:
         if not self.quiet and self.acc.is_main_process: print(text, flush=True)
@@ -196,7 +205,7 @@ class _Saving(_Setup):
         if self.acc.is_main_process:
             save_checkpoint(self.last_path, {
                 'identity': self._identity(), 'model': self.model.state_dict(), 'optimizer': self.opt.state_dict(), 'schedule': self.schedule.state_dict(),
-                'scaler': self.scaler.state_dict(), 'rng': states, 'epoch': self.epoch, 'step': self.step, 'sums': self.sums, 'history': self.history,
+                'scaler': self.scaler.state_dict(), 'ema': self.ema.state_dict() if self.ema is not None else {}, 'rng': states, 'epoch': self.epoch, 'step': self.step, 'sums': self.sums, 'history': self.history,
                 'best': self.best, 'best_epoch': self.best_epoch, 'bad_evaluations': self.bad_evaluations, 'done': self.done})
             for old in self.run_dir.glob('best-*.ckpt'):
                 if old != self.best_path: old.unlink()
@@ -222,6 +231,7 @@ class _Resuming(_Saving):
             raise GKError(f'{self.last_path}: made with other settings ({k}: {was} there, {now} now)', 'Use another run folder, or delete this one to start anew.')
         self.model.load_state_dict(ck['model']); self.opt.load_state_dict(ck['optimizer'])
         self.schedule.load_state_dict(ck['schedule']); self.scaler.load_state_dict(ck['scaler'])
+        if self.ema is not None: self.ema.load_state_dict(ck['ema'])
         for k in ('epoch', 'step', 'sums', 'history', 'best', 'best_epoch', 'bad_evaluations', 'done'): setattr(self, k, ck[k])
         return ck
 
@@ -252,7 +262,9 @@ class _Stepping(_Resuming):
         self._check_finite({k: v for k, v in out.items() if k != 'grad_norm' or not self.scaler.is_enabled()})
         before = self.scaler.get_scale()
         self.scaler.step(self.opt); self.scaler.update()
-        if self.scaler.get_scale() >= before: self.schedule.step()     # fp16 skips a step that overflowed
+        if self.scaler.get_scale() >= before:                          # fp16 skips a step that overflowed
+            self.schedule.step()
+            if self.ema is not None: self.ema.update_parameters(self.model)
         return {**out, 'lr': max(rate)}
 
 # %% ../../nbs/training/31_trainer.ipynb #8475b2fc
@@ -279,8 +291,8 @@ class _Epochs(_Stepping):
 
     def _evaluate(self) -> dict[str, float]:
         caller = rng_state()
-        self.model.eval()
-        with torch.no_grad(): out = {k: float(v) for k, v in self.evaluate(self.model).items()}
+        self.kept.eval()
+        with torch.no_grad(): out = {k: float(v) for k, v in self.evaluate(self.kept).items()}
         set_rng_state(caller)
         if self.monitor and self.monitor not in out: raise GKError(f'evaluate returned {sorted(out)} without the monitored {self.monitor!r}', 'Correct monitor=.')
         return out
@@ -299,7 +311,7 @@ class _EpochEnds(_Epochs):
                 value = row[self.monitor]
                 if math.isfinite(value) and (self.best is None or self.sign * value > self.sign * self.best):
                     self.best, self.best_epoch, self.bad_evaluations = value, self.epoch + 1, 0
-                    if self.config.keep_best and self.acc.is_main_process: save_checkpoint(self.best_path, {'model': self.model.state_dict(), 'epoch': self.epoch + 1, 'value': value})
+                    if self.config.keep_best and self.acc.is_main_process: save_checkpoint(self.best_path, {'model': self.kept.state_dict(), 'epoch': self.epoch + 1, 'value': value})
                 else: self.bad_evaluations += 1
         row |= {'images_per_s': n / seconds, 'seconds': seconds}
         self.history.append(row)
@@ -335,7 +347,7 @@ class Trainer(_EpochEnds):
             if self.done: self._write_history()
             else: self._run(resumed)
         finally: set_rng_state(caller)
-        if self.config.keep_best and self.best_epoch is not None: self.model.load_state_dict(load_checkpoint(self.best_path)['model'])
+        self.model.load_state_dict(load_checkpoint(self.best_path)['model'] if self.config.keep_best and self.best_epoch is not None else self.kept.state_dict())
         self.model.eval()
         return pd.DataFrame(self.history)
 
