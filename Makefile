@@ -46,7 +46,7 @@ hooks: $(STAMP) ## install git hooks that keep notebooks clean and the library i
 	@bash scripts/install_hooks.sh
 
 lab: $(STAMP) ## open JupyterLab with the kernel of .venv
-	@$(BIN)/jupyter lab --ServerApp.root_dir=. --MultiKernelManager.default_kernel_name=python3 nbs
+	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs --MultiKernelManager.default_kernel_name=python3
 
 readme: $(STAMP) ## write the generated part of README.md from paper_results
 	@$(BIN)/python scripts/update_readme.py
