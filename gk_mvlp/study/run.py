@@ -115,7 +115,7 @@ def environment(seconds: float | None = None) -> dict:
         try: return version(n)
         except PackageNotFoundError: return None
     import psutil
-    return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain', '--untracked-files=no')),
+    return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!paper_results', ':!README.md')),   # what runs write is no change of the code
             'python': platform.python_version(), **{n: v(n) for n in ('gk_mvlp', 'torch', 'torchvision', 'timm', 'transformers', 'accelerate', 'papermill', 'snakemake', 'numpy', 'scikit-learn')},
             'platform': platform.platform(), 'cpus': os.cpu_count(), 'memory_gb': round(psutil.virtual_memory().total / 2**30, 1),
             'gpu': _gpu_name(), 'seconds': None if seconds is None else round(seconds, 1)}
