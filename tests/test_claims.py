@@ -1,0 +1,86 @@
+"Gates and verdicts against plain rules; a report of a study without some of its tables."
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gk_mvlp.config import Preset
+from gk_mvlp.paths import GKError
+from gk_mvlp.study.claims import CLAIMS, evidence, loss_gates, read_tables, report_text, study_claims, table_gates, verdict
+
+P = Preset('a test', {}, {}, {}, {}, {}, methods=('scratch', 'gk'), seeds=(0, 1))
+
+
+def pretraining(folder, itc, itm, n_val=100, batch=32):
+    for s in P.seeds:
+        f = folder/f'pretrain/gk-s{s}'; f.mkdir(parents=True)
+        (f/'metrics.json').write_text(json.dumps({'itc_end': itc + s * .2, 'itm_end': itm, 'n_val': n_val}))
+        (f/'config.json').write_text(json.dumps({'settings': {'train': {'batch_size': batch}}}))
+    return folder
+
+
+@pytest.mark.parametrize('itc, itm, n_val, want', [(2.9, .5, 100, (True, True)), (3.1, .5, 100, (False, True)), (2.9, .61, 100, (True, False)),
+                                                   (2.38, .5, 16, (True, True)), (2.45, .5, 16, (False, True))])   # 16 validation studies: ln B = 2.77 and the mean of two seeds is .1 higher
+def test_loss_gates(tmp_path, itc, itm, n_val, want):
+    gates = loss_gates(P, pretraining(tmp_path, itc, itm, n_val))
+    assert [g.name for g in gates] == ['ITC', 'ITM'] and tuple(g.holds for g in gates) == want and gates[0].value == pytest.approx(itc + .1)
+
+
+def test_an_unfinished_seed_is_no_gate(tmp_path):
+    pretraining(tmp_path, 2., .5)
+    (tmp_path/'pretrain/gk-s1/metrics.json').unlink()
+    with pytest.raises(GKError, match='gk'): loss_gates(P, tmp_path)
+
+
+def classes(rows):
+    return pd.DataFrame([{'dataset': 'phantom', 'method': m, 'label': c, 'metric': 'auroc', 'ratio': 100., 'mean': v, 'low': v - .05, 'high': v + .05} for c, vs in rows.items() for m, v in vs.items()])
+
+
+def test_findings_that_all_solve_or_none_sees():
+    t = classes({'easy': {'scratch': .99, 'gk': .995}, 'hard': {'scratch': .5, 'gk': .54}, 'fair': {'scratch': .5, 'gk': .8}, 'constant only': {'constant': .5, 'gk': .7}})
+    solved, chance = table_gates(P, {'classification_classes': t})
+    assert solved.value == 1 and 'easy' in solved.needed and solved.holds is False
+    assert chance.value == 1 and '(hard)' in chance.needed and chance.holds is False
+    assert all(g.holds for g in table_gates(P, {'classification_classes': t[t['label'] == 'fair']}))
+
+
+@pytest.mark.parametrize('low, holds', [(.21, True), (.19, False)])
+def test_reports_must_beat_the_better_constant(low, holds):
+    reports = pd.DataFrame([{'dataset': 'phantom', 'method': m, 'metric': 'clinical_f1', 'mean': v} for m, v in (('constant_normal', 0.), ('most_frequent', .2), ('nearest_neighbour', .9))])
+    written = pd.DataFrame([{'dataset': 'phantom', 'method': 'gk', 'metric': 'clinical_f1', 'protocol': 'pretrained', 'mean': .3, 'low': low}])
+    (gate,) = table_gates(P, {'report_generation': reports, 'ablation': written})
+    assert gate.holds is holds and 'above 0.200' in gate.needed
+
+
+def comparison(reference, difference, p, **more):
+    return {'task': 'classification', 'dataset': 'phantom', 'protocol': 'linear_probe', 'ratio': 100., 'method': 'gk', 'reference': reference, 'difference': difference, 'low': difference - .01, 'high': difference + .01, 'p_holm': p, 'n': 50} | more
+
+
+def test_each_claim_takes_its_own_rows():
+    tables = {'comparisons': pd.DataFrame([comparison('scratch', .1, .01), comparison('gk-null_prompts', -.1, .01), comparison('itc_itm_lm', .1, .2), comparison('itc_itm_lm', .1, .01, protocol='finetune')]),
+              'subgroups': pd.DataFrame([{'task': 'subgroups', 'dataset': 'phantom', 'attribute': 'sex', 'group': 'gap', 'method': 'gk', 'metric': 'auroc', 'reference': 'itc_itm_lm', 'difference': d, 'difference_low': d, 'difference_high': d, 'p_holm': p, 'n': 9} for d, p in ((.1, .01), (.1, .9))])}
+    said = {c.title: v for c, _, v in study_claims(P, tables)}
+    assert said['Pre-training on reports helps'] == 'supported in all 1 tests'
+    assert said['The knowledge in the prompts is what helps'] == 'contradicted in 1 of 1 tests'
+    assert said['The grounded-knowledge module helps'] == 'supported in part: 1 of 2 tests'
+    assert said['Grounding does not widen gaps between groups'] == 'contradicted in 1 of 2 tests'
+    assert [said[t] for t in ('Entity classification helps', 'It scales with data and size')] == ['not testable here'] * 2
+    assert len(said) == len(CLAIMS)
+
+
+def test_a_gap_without_a_change_is_not_called_supported():
+    rows = pd.DataFrame([{'task': 'subgroups', 'dataset': 'phantom', 'attribute': 'sex', 'group': 'gap', 'method': 'gk', 'metric': 'auroc', 'reference': 'itc_itm_lm', 'difference': .01, 'difference_low': 0., 'difference_high': .02, 'p_holm': 1., 'n': 9}])
+    assert [v for c, _, v in study_claims(P, {'subgroups': rows}) if c.sign < 0] == ['no change found: in none of 1 tests']
+
+
+def test_evidence_turns_ablations_round_and_keeps_controls():
+    row = {'task': 'ablation', 'dataset': 'phantom', 'metric': 'auroc', 'difference_low': -.3, 'difference_high': .1, 'p_holm': np.nan, 'n': 9}
+    t = evidence({'ablation': pd.DataFrame([row | {'method': 'gk-local_only', 'reference': 'gk', 'difference': -.1}, row | {'method': 'itc_itm_lm', 'reference': 'scratch', 'difference': -.1}])})
+    assert t[['method', 'reference', 'difference', 'low', 'high']].to_numpy().tolist() == [['gk', 'gk-local_only', .1, -.1, .3], ['itc_itm_lm', 'scratch', -.1, -.3, .1]]
+
+
+def test_a_study_without_tables_has_a_report(tmp_path):
+    text = report_text(P, [], read_tables(tmp_path), 'empty')
+    assert 'No gate was measured' in text and text.count('not testable here') == len(CLAIMS) and 'Not measured.' in text
+    assert verdict(pd.DataFrame(columns=['difference', 'p_holm'])) == 'not testable here'
