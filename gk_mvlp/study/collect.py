@@ -251,7 +251,7 @@ def build_manifest(runs: Path, results: Path) -> dict:
         if not (r/'env.json').is_file(): raise GKError(f'{r}: env.json is missing', 'Run it through gk_mvlp.study.run.')
         c, env = json.loads(read_text(config)), json.loads(read_text(r/'env.json'))
         nb = json.loads(read_text(r/'run.ipynb'))['metadata']['papermill']
-        entries[str(r.relative_to(runs))] = {'notebook': nb['input_path'], 'parameters': nb['parameters'], **c, 'seed': c['settings'].get('seed'), 'commit': env['commit'], 'dirty': env['dirty'], 'seconds': env['seconds'],
+        entries[str(r.relative_to(runs))] = {'notebook': nb['input_path'], 'parameters': nb['parameters'] | ({'data': '<data root>'} if nb['parameters'].get('data') else {}), **c, 'seed': c['settings'].get('seed'), 'commit': env['commit'], 'dirty': env['dirty'], 'seconds': env['seconds'],
                                              'hardware': {k: env[k] for k in ('platform', 'cpus', 'gpu')}, 'files': saved_files(r)}
     sources = {k: v for name in ('tables', 'task_tables', 'figures', 'study', 'report') if (f := runs/name/'sources.json').is_file() for k, v in json.loads(read_text(f)).items()}
     artefacts = [{'path': str(p.relative_to(results)), 'sha256': sha256(p), 'runs': sources.get(f'{p.parent.name}/{p.stem}') or sources.get(p.stem, [])} for p in sorted(results.rglob('*')) if p.is_file() and p.name != 'manifest.json' and not p.name.startswith('.')]
