@@ -81,12 +81,20 @@ def test_card_says_what_the_files_say(study):
     card = model_card(Predictor.from_pretrained(model))
     for text in ('561 training and 77 validation', 'synthetic X-rays', '13 epochs', 'stuck', 'the study has no tables', 'Not measured', 'Apache-2.0', 'Research only, not for clinical use.'): assert text in card, text
     pd.DataFrame([table(), table(method='scratch', mean=.6)]).to_csv(tables/'classification.csv', index=False)
-    pd.DataFrame([table(task='subgroups', subgroup='sex', group='F', mean=.5551)]).to_csv(tables/'subgroups.csv', index=False)
+    pd.DataFrame([table(task='subgroups', attribute='sex', group='F', factor=None, mean=.5551), table(task='subgroups', attribute='sex', group='F', factor='women', mean=.4441)]).to_csv(tables/'subgroups.csv', index=False)
     pd.DataFrame({'difference': [1.]}).to_csv(tables/'comparisons.csv', index=False)
     card = model_card(Predictor.from_pretrained(model))
     assert '0.712 (0.650 to 0.770)' in card and '0.600' not in card and 'no tables' not in card and 'Not measured' not in card
     results, groups = card.split('## Results')[1].split('## Subgroups')
-    assert '0.555' not in results and '0.555' in groups.split('## Limits')[0]
+    assert '0.555' not in results and '0.555' in groups.split('## Limits')[0] and '0.444' not in card
+
+
+def test_card_reads_the_tables_that_studies_write(root):
+    "The committed study: every row has a value, and the groups of patients are told from the rest."
+    t = study_results(root/'paper_results/mini/tables')
+    assert not t['value (95 % interval)'].str.contains('nan').any() and {'classification', 'detector', 'vqa', 'grounding', 'subgroups'} <= set(t['task'])
+    groups = t[t['task'] == 'subgroups']
+    assert {'sex', 'age', 'view'} <= set(groups['attribute']) and {'F', 'M', 'gap', 'worst'} <= set(groups['group']) and set(groups['metric']) == {'auroc'} and not groups.duplicated(['attribute', 'group']).any()
 
 
 def test_tables_without_the_columns_are_left_out(tmp_path):

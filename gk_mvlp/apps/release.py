@@ -26,18 +26,20 @@ from ..tasks.classification import Classifier
 from ..tasks.vqa import save_vqa
 
 # %% ../../nbs/apps/81_release.ipynb #8e85c9d5
-_SHOWN = ('task', 'dataset', 'ratio', 'protocol', 'subgroup', 'group', 'metric')
+_TABLES = ('classification', 'zero_shot', 'localization', 'report_generation', 'vqa', 'grounding', 'detector', 'subgroups')
+_SHOWN = ('task', 'dataset', 'ratio', 'protocol', 'attribute', 'group', 'metric')
 
 def study_results(tables: Path, # paper_results/<preset>/tables
                   methods: tuple[str, ...] = ('gk', 'detector')) -> pd.DataFrame:
-    "The rows of these methods in all long tables of a study: what was measured, the value with its 95 % interval, seeds and n."
+    "The rows of these methods in the tables of a study: what was measured, the value with its 95 % interval, seeds and n. Of subgroups AUROC alone."
     frames = []
-    for path in sorted(tables.glob('*.csv')):
+    for path in (f for f in (tables/f'{n}.csv' for n in _TABLES) if f.is_file()):
         t = pd.read_csv(path)
-        if not {'task', 'dataset', 'method', 'metric', 'mean', 'low', 'high', 'seeds', 'n'} <= set(t.columns): continue
-        t = t[t['method'].isin(methods)]
+        t = t[t['method'].isin(methods) & t['mean'].notna()]
+        if 'factor' in t: t = t[t['factor'].isna()]
+        if 'attribute' in t: t = t[t['metric'] == 'auroc']
         out = pd.DataFrame({k: t[k] for k in _SHOWN if k in t})
-        out['value (95 % interval)'] = [f'{m:.3f} ({a:.3f} to {b:.3f})' for m, a, b in zip(t['mean'], t['low'], t['high'], strict=True)]
+        out['value (95 % interval)'] = [f'{m:.3f}' + ('' if a != a else f' ({a:.3f} to {b:.3f})') for m, a, b in zip(t['mean'], t['low'], t['high'], strict=True)]
         frames.append(out.assign(seeds=t['seeds'], n=t['n']))
     return pd.concat(frames, ignore_index=True).fillna('') if frames else pd.DataFrame()
 
@@ -72,7 +74,7 @@ def model_card(p: Predictor) -> str:
     known = run is not None and all((run/f).is_file() for f in ('config.json', 'metrics.json'))
     if not known and p.folder and (p.folder/'about.json').is_file() and (p.folder/'README.md').is_file(): return read_text(p.folder/'README.md')   # exported before
     rows = study_results(results_dir()/preset/'tables') if preset else pd.DataFrame()
-    groups = [k for k in ('subgroup', 'group') if k in rows]
+    groups = [k for k in ('attribute', 'group') if k in rows]
     n = lambda m: f'{sum(x.numel() for x in m.parameters()) / 1e6:.2f} million'
     out = ['---', 'license: apache-2.0', 'language: en', 'library_name: gk_mvlp', 'pipeline_tag: image-to-text', 'tags: [chest-x-ray, vision-language, grounding, research-only]', '---', '',
            f'# GK-MVLP {p.about["name"]}'.rstrip(), '', f'**{NOTICE}** Grounded knowledge-enhanced vision-language model for chest X-rays: an independent implementation of arXiv 2404.14750.', '',
@@ -83,7 +85,7 @@ def model_card(p: Predictor) -> str:
     if rows.empty: out.append('Not known: the study has no tables here. `make paper` measures them.')
     else: out += [f'All seeds of study `{preset}` together; baselines and controls are in `paper_results/{preset}/tables`.', '', rows[~rows[groups].astype(bool).any(axis=1)].drop(columns=groups).to_markdown(index=False)]
     out += ['', '## Subgroups', '']
-    out.append(rows[rows[groups].astype(bool).any(axis=1)].to_markdown(index=False) if groups else 'Not measured: whether it works equally well for all sexes, ages and views is not known.')
+    out.append('AUROC of each group, the worst one, and the gap between best and worst.\n\n' + rows[rows[groups].astype(bool).any(axis=1)].drop(columns=['task', 'metric']).to_markdown(index=False) if groups else 'Not measured: whether it works equally well for all sexes, ages and views is not known.')
     return '\n'.join([*out, '', '## Limits', '', _LIMITS, '', '## Licence', '', 'Apache-2.0. Data that it was trained on keep their own licences.', ''])
 
 # %% ../../nbs/apps/81_release.ipynb #c8610f34
