@@ -126,7 +126,7 @@ def write_results(out: Path) -> tuple[list[dict], str]:
         if (source/'manifest.json').is_file():
             runs = json.loads((source/'manifest.json').read_text(encoding='utf-8'))['runs']
             lines += [f'{len(runs)} runs, {sum(r["seconds"] or 0 for r in runs.values()) / 60:.0f} minutes of run time together. Every file below is tied to its runs by `paper_results/{preset}/manifest.json`.', '']
-        if (source/'REPORT.md').is_file(): lines += ['<div class="jp" markdown>', '', re.sub(r'^# .*\n', '', (source/'REPORT.md').read_text(encoding='utf-8')), '', '</div>', '']
+        if (source/'REPORT.md').is_file(): lines += [re.sub(r'^# .*\n', '', (source/'REPORT.md').read_text(encoding='utf-8')).strip(), '']
         pictures = []
         for f in sorted((source/'figures').glob('*.png')):
             name = f'{preset}-{f.name}'
@@ -139,7 +139,10 @@ def write_results(out: Path) -> tuple[list[dict], str]:
         for what, name in pictures: lines += [f'## Figure: {what}', '', f'![{what}]({name})', '']
         (out/'results'/f'{preset}.md').write_text('\n'.join(lines), encoding='utf-8')
         nav.append({f'Study {preset}': f'results/{preset}.md'})
-        if not front and pictures: front = f'From [study {preset}](results/{preset}.md):\n\n' + '\n'.join(f'![{w}](results/{n})' for w, n in pictures if w in ('low data', 'grounding', 'regions'))
+        if not front and pictures:
+            report = (source/'REPORT.md').read_text(encoding='utf-8') if (source/'REPORT.md').is_file() else ''
+            short = [report.split('## Did the models learn?')[1].split('## In short')[0].strip().splitlines()[-1], '', report.split('## In short')[1].split('\n## ')[0].strip(), ''] if '## In short' in report else []
+            front = '\n'.join([f'From [study {preset}](results/{preset}.md):', '', *short, *(f'![{w}](results/{n})' for w, n in pictures if w in ('low data', 'grounding', 'regions'))])
     published = pd.read_csv(ROOT/'paper_results'/'published'/'classification.csv')
     (out/'results').mkdir(exist_ok=True)
     (out/'results'/'published.md').write_text('# Published numbers\n\nFrom the literature, with source and protocol; not comparable with runs on other data or under another protocol.\n\n<div class="jp" markdown>\n\n'
