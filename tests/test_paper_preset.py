@@ -13,6 +13,7 @@ from gk_mvlp.data.mimic_cxr import load_mimic_cxr
 from gk_mvlp.data.phantom import PhantomConfig
 from gk_mvlp.data.phantom_export import export_phantom
 from gk_mvlp.paths import GKError
+from gk_mvlp.study.experiments import load_studies
 from gk_mvlp.study.launch import check_preset, study_jobs
 from gk_mvlp.study.run import run_notebook
 
@@ -36,6 +37,16 @@ def test_the_whole_graph_is_planned(root):
     jobs = study_jobs(load_preset('paper'))
     assert r.returncode == 0, r.stderr
     assert f'{len(jobs)} jobs, 0 of them finished' in r.stdout and f'total               {len(jobs) + 2}' in r.stdout and not list((root/'out/runs/paper').glob('*/*'))
+
+
+def test_every_data_set_of_the_preset_loads(root, monkeypatch):
+    "With the preset's options, from the folders that it asks for: a mistake there would be found after days of pre-training."
+    monkeypatch.setenv('GK_MVLP_OUT', str(root/'out'))
+    p = load_preset('paper')
+    assert {f.name for f in root.iterdir()} >= set(p.needs)
+    for d in dict.fromkeys((p.detector_dataset, p.pretrain_dataset, *p.classification, *(d for sets in p.tasks.values() for d in sets))):
+        studies, _ = load_studies({'data': p.data, 'dataset_options': p.dataset_options}, d, str(root))
+        assert {'train', 'test'} <= {s.split for s in studies}, d
 
 
 def test_credentialed_data_need_the_mark(tmp_path, root):
