@@ -238,7 +238,7 @@ def test_no_finding_is_given_away_by_coarse_pixels():
 
 # ---- difficulty ----
 def test_difficulty_is_reachable_from_a_preset(tmp_path):
-    hard = {'severity': [.1, .4], 'contrast': .8, 'noise': 1.5, 'clutter': 2., 'label_noise': .2, 'hedging': .3, 'boilerplate': .9, 'normal': .2, 'ap': .6, 'two_studies': .1, 'splits': [.6, .2, .2], 'n': 9, 'size': 32, 'seed': 4}
+    hard = {'severity': [.1, .4], 'contrast': .8, 'noise': 1.5, 'clutter': 2., 'label_noise': .2, 'hedging': .3, 'boilerplate': .9, 'normal': .2, 'ap': .6, 'two_studies': .1, 'women': .4, 'train_women': .1, 'splits': [.6, .2, .2], 'n': 9, 'size': 32, 'seed': 4}
     assert set(hard) == {f.name for f in fields(PhantomConfig)}, 'a new field belongs here'
     config = from_params(PhantomConfig, hard, 'preset, section data')
     assert asdict(config) == {k: tuple(v) if isinstance(v, list) else v for k, v in hard.items()}
