@@ -158,8 +158,6 @@ def detector_lines(t: pd.DataFrame) -> list[str]:
     return out
 
 # %% ../../nbs/study/98_claims.ipynb #0cccb496
-def _short(v: str) -> str: return v.split(':')[0].split(' in all')[0]
-
 def study_claims(p: Preset, tables: dict[str, pd.DataFrame]) -> list[tuple[Claim, pd.DataFrame, str]]:
     "(claim, its rows, verdict) of every claim."
     t = evidence(tables)
