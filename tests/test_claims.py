@@ -60,7 +60,7 @@ def comparison(reference, difference, p, **more):
 def test_each_claim_takes_its_own_rows():
     tables = {'comparisons': pd.DataFrame([comparison('scratch', .1, .01), comparison('gk-null_prompts', -.1, .01), comparison('itc_itm_lm', .1, .2), comparison('itc_itm_lm', .1, .01, protocol='finetune')]),
               'subgroups': pd.DataFrame([{'task': 'subgroups', 'dataset': 'phantom', 'attribute': 'sex', 'group': 'gap', 'method': 'gk', 'metric': 'auroc', 'reference': 'itc_itm_lm', 'difference': d, 'difference_low': d, 'difference_high': d, 'p_holm': p, 'n': 9} for d, p in ((.1, .01), (.1, .9))])}
-    said = {c.title: v for c, _, v in study_claims(P, tables)}
+    said = {c.title: v for c, _, v in study_claims(tables)}
     assert said['Pre-training on reports helps'] == 'supported in all 1 tests'
     assert said['The knowledge in the prompts is what helps'] == 'contradicted in 1 of 1 tests'
     assert said['The grounded-knowledge module helps'] == 'supported in part: 1 of 2 tests'
@@ -71,7 +71,7 @@ def test_each_claim_takes_its_own_rows():
 
 def test_a_gap_without_a_change_is_not_called_supported():
     rows = pd.DataFrame([{'task': 'subgroups', 'dataset': 'phantom', 'attribute': 'sex', 'group': 'gap', 'method': 'gk', 'metric': 'auroc', 'reference': 'itc_itm_lm', 'difference': .01, 'difference_low': 0., 'difference_high': .02, 'p_holm': 1., 'n': 9}])
-    assert [v for c, _, v in study_claims(P, {'subgroups': rows}) if c.sign < 0] == ['no change found: in none of 1 tests']
+    assert [v for c, _, v in study_claims({'subgroups': rows}) if c.sign < 0] == ['no change found: in none of 1 tests']
 
 
 def test_evidence_turns_ablations_round_and_keeps_controls():

@@ -17,7 +17,7 @@ from gk_mvlp.study.experiments import load_studies
 from gk_mvlp.study.launch import check_preset, study_jobs
 from gk_mvlp.study.run import run_notebook
 
-CANARY = 'Canarybird'
+HOME, CANARY = Path(__file__).parents[1], 'Canarybird'
 SMALL = {'detector': {'train': {'epochs': 1, 'batch_size': 4, 'num_workers': 0, 'precision': 'no'}}, 'model': {'image_checkpoint': '', 'text_encoder': ''},   # no hub here: the same sizes, new weights
          'pretrain': {'epochs': 1, 'batch_size': 4, 'num_workers': 0}, 'finetune': {'epochs': 1, 'batch_size': 4, 'num_workers': 0, 'min_steps': 0}, 'generation': {'beams': 2}}
 
@@ -50,7 +50,7 @@ def test_every_data_set_of_the_preset_loads(root, monkeypatch):
 
 
 def test_credentialed_data_need_the_mark(tmp_path, root):
-    text = Path('presets/paper.yaml').read_text() if Path('presets/paper.yaml').is_file() else (Path(__file__).parents[1]/'presets/paper.yaml').read_text()
+    text = (HOME/'presets/paper.yaml').read_text()
     (tmp_path/'open.yaml').write_text(text.replace('credentialed: true', 'credentialed: false'))
     with pytest.raises(GKError, match='credentialed: true'): check_preset(load_preset(str(tmp_path/'open.yaml')))
     check_preset(load_preset('paper'))
@@ -70,8 +70,7 @@ def clean(run: Path, secrets: set[str]) -> None:
 @pytest.mark.slow
 def test_every_notebook_once_at_paper_size(root, tmp_path, monkeypatch):
     monkeypatch.setenv('GK_MVLP_OUT', str(tmp_path))
-    home = Path(__file__).parents[1]
-    nb = {f.name.split('_', 1)[1].removesuffix('.ipynb'): f for f in sorted((home/'nbs/experiments').glob('7*.ipynb'))}
+    nb = {f.name.split('_', 1)[1].removesuffix('.ipynb'): f for f in sorted((HOME/'nbs/experiments').glob('7*.ipynb'))}
     secrets = {CANARY} | {x for s in load_mimic_cxr(root, workers=1) for x in (s.study_id, s.subject_id, s.subject_id.removeprefix('mimic-'))}
     given = {'preset': 'paper', 'data': str(root), 'overrides': SMALL}
     run = lambda name, folder, **more: clean(run_notebook(nb[name], tmp_path/folder, given | more).parent, secrets)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ITM_GATE', 'ITC_SHARE', 'SOLVED', 'EVIDENCE', 'CLAIMS', 'LUNG_GOAL', 'TABLES', 'Gate', 'loss_gates', 'table_gates',
            'evidence', 'Claim', 'verdict', 'shown_evidence', 'detector_lines', 'study_claims', 'report_text',
-           'read_tables', 'write_report']
+           'read_tables', 'current_report', 'write_report']
 
 # %% ../../nbs/study/98_claims.ipynb #531badd6
 import json
@@ -28,8 +28,8 @@ ITM_GATE, ITC_SHARE, SOLVED = .60, .90, .98
 
 @dataclass(frozen=True)
 class Gate:
-    "A condition for reading comparisons; `value` NaN: not measured in this study."
-    name: str; method: str; value: float; needed: str; holds: bool | None
+    "A condition for reading comparisons."
+    name: str; method: str; value: float; needed: str; holds: bool
 
 def loss_gates(p: Preset, runs: Path) -> list[Gate]:
     "ITC and ITM on the validation split, mean over the seeds of each pre-trained method."
@@ -158,7 +158,7 @@ def detector_lines(t: pd.DataFrame) -> list[str]:
     return out
 
 # %% ../../nbs/study/98_claims.ipynb #0cccb496
-def study_claims(p: Preset, tables: dict[str, pd.DataFrame]) -> list[tuple[Claim, pd.DataFrame, str]]:
+def study_claims(tables: dict[str, pd.DataFrame]) -> list[tuple[Claim, pd.DataFrame, str]]:
     "(claim, its rows, verdict) of every claim."
     t = evidence(tables)
     picked = [(c, t[c.rows(t)] if len(t) else t) for c in CLAIMS]
@@ -166,11 +166,11 @@ def study_claims(p: Preset, tables: dict[str, pd.DataFrame]) -> list[tuple[Claim
 
 def report_text(p: Preset, gates: list[Gate], tables: dict[str, pd.DataFrame], name: str) -> str:
     "REPORT.md."
-    found, closed = study_claims(p, tables), [g for g in gates if g.holds is False]
+    found, closed = study_claims(tables), [g for g in gates if not g.holds]
     out = [f'# Results of `{name}`', '', f'{p.about} {len(p.seeds)} seed(s). For research only, not for clinical use.', '',
            'Written by `gk_mvlp.study.claims` from the tables beside it; no sentence is typed by hand. Tests: paired bootstrap over patients and seeds, Holm-corrected within each table. All methods had the same data, epochs, learning rate and model selection on validation.', '',
            '## Did the models learn?', '']
-    if gates: out += [pd.DataFrame([{'gate': g.name, 'of': g.method, 'value': f'{g.value:.3f}' if isinstance(g.value, float) else g.value, 'needed': g.needed, 'holds': {True: 'yes', False: '**no**', None: ''}[g.holds]} for g in gates]).to_markdown(index=False, disable_numparse=True), '']
+    if gates: out += [pd.DataFrame([{'gate': g.name, 'of': g.method, 'value': f'{g.value:.3f}' if isinstance(g.value, float) else g.value, 'needed': g.needed, 'holds': 'yes' if g.holds else '**no**'} for g in gates]).to_markdown(index=False, disable_numparse=True), '']
     out += [('All gates hold.' if not closed else f'{len(closed)} of {len(gates)} gates do not hold. What follows compares models that have not fully learned: read it as a property of this small study, not of the method.') if gates else 'No gate was measured.', '',
             '## In short', '', pd.DataFrame([{'claim': c.title, 'verdict': v} for c, _, v in found]).to_markdown(index=False), '', '## The detector', '', *detector_lines(tables.get('detector', pd.DataFrame())), '']
     for c, rows, v in found:
@@ -186,9 +186,13 @@ def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
     "The tables that a preset has, by name."
     return {n: pd.read_csv(f) for n in TABLES if (f := Path(folder)/f'{n}.csv').is_file() and f.stat().st_size > 1}
 
+def current_report(p: Preset, runs: Path, results: Path) -> str:
+    "The report that follows from a study's pre-trainings and tables."
+    tables = read_tables(Path(results)/'tables')
+    return report_text(p, loss_gates(p, runs) + table_gates(p, tables), tables, Path(results).name)
+
 def write_report(p: Preset, runs: Path, results: Path) -> str:
     "Write REPORT.md beside the tables; its text."
-    tables = read_tables(Path(results)/'tables')
-    text = report_text(p, loss_gates(p, runs) + table_gates(p, tables), tables, Path(results).name)
+    text = current_report(p, runs, results)
     with atomic_write(Path(results)/'REPORT.md') as f: f.write(text)
     return text

@@ -6,7 +6,8 @@
 __all__ = ['METRICS', 'NO_INTERVAL', 'REFERENCES', 'ORDER', 'METRIC_NAMES', 'SHORT_NAMES', 'PROTOCOLS', 'SAVED', 'Cell',
            'finished_runs', 'load_cells', 'resample', 'classification_table', 'class_table', 'comparison_table',
            'detector_table', 'wide_table', 'published', 'sizes_sentence', 'comparison_sentences', 'markdown_report',
-           'write_table', 'latex_report', 'write_classification', 'sha256', 'saved_files', 'build_manifest', 'main']
+           'write_table', 'latex_report', 'write_classification', 'sha256', 'saved_files', 'result_files',
+           'build_manifest', 'main']
 
 # %% ../../nbs/study/64_collect.ipynb #0001ce85
 import hashlib
@@ -242,6 +243,10 @@ def saved_files(run: Path) -> dict[str, str]:
     "{name: hash} of the `SAVED` files of a run."
     return {f.name: sha256(f) for pattern in SAVED for f in sorted(Path(run).glob(pattern))}
 
+def result_files(results: Path) -> dict[str, Path]:
+    "{path in the folder: file} of what a manifest names: all but the manifest itself and hidden files."
+    return {str(f.relative_to(results)): f for f in sorted(Path(results).rglob('*')) if f.is_file() and f.name != 'manifest.json' and not f.name.startswith('.')}
+
 def build_manifest(runs: Path, results: Path) -> dict:
     "The manifest of a preset; a run without its environment is an error."
     entries = {}
@@ -254,7 +259,7 @@ def build_manifest(runs: Path, results: Path) -> dict:
         entries[str(r.relative_to(runs))] = {'notebook': nb['input_path'], 'parameters': nb['parameters'] | ({'data': '<data root>'} if nb['parameters'].get('data') else {}), **c, 'seed': c['settings'].get('seed'), 'commit': env['commit'], 'dirty': env['dirty'], 'seconds': env['seconds'],
                                              'hardware': {k: env[k] for k in ('platform', 'cpus', 'gpu')}, 'files': saved_files(r)}
     sources = {k: v for name in ('tables', 'task_tables', 'figures', 'study', 'report') if (f := runs/name/'sources.json').is_file() for k, v in json.loads(read_text(f)).items()}
-    artefacts = [{'path': str(p.relative_to(results)), 'sha256': sha256(p), 'runs': sources.get(f'{p.parent.name}/{p.stem}') or sources.get(p.stem, [])} for p in sorted(results.rglob('*')) if p.is_file() and p.name != 'manifest.json' and not p.name.startswith('.')]
+    artefacts = [{'path': name, 'sha256': sha256(p), 'runs': sources.get(f'{p.parent.name}/{p.stem}') or sources.get(p.stem, [])} for name, p in result_files(results).items()]
     for a in artefacts:
         if not a['runs']: raise GKError(f'{results}/{a["path"]}: no run is named as its source', 'Delete it if it is left over from an older version, then call make paper again.')
         unknown = [r for r in a['runs'] if r not in entries]

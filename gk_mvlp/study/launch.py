@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'UNDER_AGREEMENT', 'pretrained', 'classification_jobs', 'task_methods', 'task_jobs', 'pretrain_jobs',
-           'probing_jobs', 'study_jobs', 'time_estimate', 'check_preset', 'snakemake_command', 'run_study']
+           'probing_jobs', 'study_name', 'study_jobs', 'time_estimate', 'check_preset', 'snakemake_command',
+           'run_study']
 
 # %% ../../nbs/study/62_launch.ipynb #06f7c640
 import fcntl
@@ -55,6 +56,10 @@ def probing_jobs(p: Preset) -> list[str]:
     return [f'{d}-{j}' for d in p.classification for j in pretrain_jobs(p) if j in chosen]
 
 # %% ../../nbs/study/62_launch.ipynb #061dd4d5
+def study_name(preset: str) -> str:
+    "The folder name of a preset's runs and results, for a name or a YAML file."
+    return Path(preset).stem if preset.endswith(('.yaml', '.yml')) else preset
+
 def study_jobs(p: Preset) -> list[str]:
     "Run folders of a whole study, in the order of its stages."
     return ['detector', *(f'pretrain/{j}' for j in pretrain_jobs(p)), *(f'classification/{j}' for j in classification_jobs(p)), *task_jobs(p), *(f'probing/{j}' for j in probing_jobs(p)),
@@ -65,7 +70,8 @@ def time_estimate(jobs: Sequence[str], manifest: Path, cores: int) -> float:
     if not manifest.is_file(): return 0.
     seen, stages = {k: v['seconds'] for k, v in json.loads(read_text(manifest))['runs'].items()}, {}
     for k, s in seen.items(): stages.setdefault(k.split('/')[0], []).append(s)
-    each = {j: seen.get(j) or sum(stages.get(j.split('/')[0], [0])) / len(stages.get(j.split('/')[0], [0])) for j in jobs}
+    mean = {k: sum(v) / len(v) for k, v in stages.items()}
+    each = {j: seen.get(j) or mean.get(j.split('/')[0], 0.) for j in jobs}
     return each.pop('detector', 0.) + sum(each.values()) / max(1, min(cores, len(each)))
 
 def _check_variants(p: Preset) -> None:
@@ -153,7 +159,7 @@ def run_study(preset: str, data: str = '', cores: int = 2, dry_run: bool = False
     if profile and not list(Path(profile).glob('config*.yaml')): raise GKError(f'profile {profile!r}: no config.yaml there', 'Give a folder such as profiles/slurm.')
     p = load_preset(preset)
     check_preset(p)
-    name = Path(preset).stem if preset.endswith(('.yaml', '.yml')) else preset
+    name = study_name(preset)
     if p.needs: data = str(data_root(data or None, p.needs))
     runs, results, start = runs_dir()/name, results_dir()/name, time.time()
     command = snakemake_command(preset, data, _relative(runs), _relative(results), cores, dry_run, str(Path(profile).resolve()) if profile else '')

@@ -17,27 +17,28 @@ from tqdm.auto import tqdm
 
 from ..config import Preset, load_preset
 from ..paths import GKError, read_text, results_dir, runs_dir
-from .claims import loss_gates, read_tables, report_text, table_gates
-from .collect import saved_files, sha256, write_classification
+from .claims import current_report
+from .collect import result_files, saved_files, sha256, write_classification
+from .launch import study_name
 from .study_tables import StudyTables
 from .task_tables import write_tasks
 
 # %% ../../nbs/study/99_verify.ipynb #1c931cef
+def _unlike(here: dict[str, str], named: dict[str, str]) -> list[str]:
+    "Files whose hashes differ from the named ones, one line each."
+    return [f'{f}: ' + ('is missing' if f not in here else 'is in no manifest' if f not in named else 'is not the file that the manifest names') for f in sorted(here.keys() | named.keys()) if here.get(f) != named.get(f)]
+
 def changed_artefacts(manifest: dict, results: Path) -> list[str]:
     "What differs between a results folder and its manifest, one line each."
     named = {a['path']: a['sha256'] for a in manifest['artefacts']}
-    here = {str(f.relative_to(results)) for f in results.rglob('*') if f.is_file() and f.name != 'manifest.json' and not f.name.startswith('.')}
-    return ([f'{p}: is missing' for p in sorted(named.keys() - here)] + [f'{p}: is in no manifest' for p in sorted(here - named.keys())]
-            + [f'{p}: is not the file that the manifest names' for p in sorted(named.keys() & here) if sha256(results/p) != named[p]])
+    return _unlike({p: sha256(f) for p, f in result_files(results).items()}, named)
 
 def changed_predictions(manifest: dict, runs: Path) -> list[str]:
     "What differs between the saved files of runs and the manifest, one line each."
     out = []
     for r, entry in manifest['runs'].items():
         if not (runs/r).is_dir(): out.append(f'{r}: the run is missing'); continue
-        here = saved_files(runs/r)
-        for f in sorted(here.keys() | entry['files'].keys()):
-            if here.get(f) != entry['files'].get(f): out.append(f'{r}/{f}: ' + ('is missing' if f not in here else 'is in no manifest' if f not in entry['files'] else 'is not the file that the manifest names'))
+        out += [f'{r}/{line}' for line in _unlike(saved_files(runs/r), entry['files'])]
     return out
 
 # %% ../../nbs/study/99_verify.ipynb #927bd3f3
@@ -75,14 +76,13 @@ def verify(p: Preset, runs: Path, results: Path) -> list[str]:
         bad += [f'{n}.csv: ' + ('no predictions lead to it' if n in kept else 'is missing') for n in sorted(kept.keys() ^ again.keys())]
         for n in sorted(kept.keys() & again.keys()):
             if kept[n].read_bytes() != again[n].read_bytes(): bad += differences(*(pd.read_csv(f) for f in (kept[n], again[n])), f'{n}.csv')
-    tables = read_tables(results/'tables')
-    if report_text(p, loss_gates(p, runs) + table_gates(p, tables), tables, results.name) != read_text(results/'REPORT.md'): bad.append('REPORT.md: does not follow from the tables')
+    if current_report(p, runs, results) != read_text(results/'REPORT.md'): bad.append('REPORT.md: does not follow from the tables')
     return bad
 
 # %% ../../nbs/study/99_verify.ipynb #a9472cc0
 def verify_command(preset: str) -> int:
     "`gk-mvlp verify`: 0 and one line, or 1 and a line per difference."
-    name = Path(preset).stem if preset.endswith(('.yaml', '.yml')) else preset
+    name = study_name(preset)
     p, results = load_preset(preset), results_dir()/name
     bad = verify(p, runs_dir()/name, results)
     for line in bad: print(f'differs  {line}', file=sys.stderr)
