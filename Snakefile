@@ -82,7 +82,7 @@ rule probing:
     params:
         label=lambda w: f"probing {w.method} on {w.dataset}, seed {w.seed}",
         p=lambda w: given(dataset=w.dataset, method=w.method, seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w), **settings_of(w.method)),
-        settings=json.dumps([P.data, P.model, P.probing, P.ratios])
+        settings=json.dumps([P.data, P.model, P.probing, P.generation, P.ratios])
     shell: RUN
 
 CLASSIFICATION = [f"{RUNS}/classification/{j}/metrics.json" for j in classification_jobs(P)]

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..config import from_params
 from ..data.images import to_float
 from ..data.study import nested_subsets
 from ..evaluation.grounding import finding_boxes, map_frame, prior_maps
@@ -189,7 +190,8 @@ def run_probing(p: Probing, run: Path) -> pd.DataFrame:
     rate = pd.DataFrame({'label': p.names, 'prevalence': np.nanmean(p.y['train'], 0)})
     files = {'prevalence': rate, 'groups': group_frame(studies), 'areas': area_frame(studies), 'relations': probe_relations(p), 'maps': probe_maps(p)}
     if p.config.reports and p.reports:
-        written = ReportGenerator(p.model, 'gk' if p.model.config.gk else 'image').write(p.data['test'], GenerationConfig(beams=1))
+        how = from_params(GenerationConfig, p.r.settings.get('generation', {}) | {'beams': 1, 'scorers': ()}, 'preset, section generation')
+        written = ReportGenerator(p.model, 'gk' if p.model.config.gk else 'image').write(p.data['test'], how)
         files['reports'] = report_frame(p.r.part['test'], written, method=p.r.method, protocol='pretrained')
     predictions = probe_predictions(p)
     for name, f in {**files, 'predictions': predictions}.items():

@@ -90,6 +90,8 @@ def model_features(model: GKMVLP, data: StudySet, kind: str) -> np.ndarray:
 # %% ../../nbs/tasks/40_classification.ipynb #dbe6557e
 class Classifier(nn.Module):
     "A pre-trained model with a linear head on its features."
+    heads = ('norm', 'head')                                     # what `head_lr` speeds up
+
     def __init__(self, model: GKMVLP, kind: str, classes: int):
         super().__init__()
         self.model, self.kind = model, kind

@@ -125,6 +125,8 @@ class LocalizationConfig:
 # %% ../../nbs/tasks/42_localization.ipynb #0b18dae2
 class FindingDetector(nn.Module):
     "Encoder, pyramid and head; `forward` gives losses, `detect` boxes."
+    heads = ('net.head', 'net.rpn', 'net.roi_heads', 'net.backbone.pyramid') # what `head_lr` speeds up
+
     def __init__(self, model: ImageEncoder | RegionDetector, classes: int, image_size: int, config: LocalizationConfig = LocalizationConfig()):
         super().__init__()
         self.size, body = image_size, PyramidBackbone(model, config.channels, config.frozen)

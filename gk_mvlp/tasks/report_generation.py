@@ -54,6 +54,8 @@ class GenerationConfig:
 
 class ReportGenerator(nn.Module):
     "A pre-trained model that writes reports; `forward` gives the loss."
+    heads = ('model.report_decoder',)                            # what `head_lr` speeds up
+
     def __init__(self, model: GKMVLP, kind: str):
         super().__init__()
         self.model, self.kind = model, kind

@@ -74,6 +74,8 @@ FORMS = ('classification', 'generation')
 
 class VQAModel(nn.Module):
     "A pre-trained model that answers questions in one of `FORMS`; `kind` is its visual memory."
+    heads = ('norm', 'head', 'model.report_decoder')             # what `head_lr` speeds up
+
     def __init__(self, model: GKMVLP, kind: str, form: str, answers: Sequence[str]):
         super().__init__()
         if form not in FORMS: raise GKError(f'VQA form {form!r}', f'Use one of: {", ".join(FORMS)}.')
