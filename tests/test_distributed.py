@@ -1,5 +1,6 @@
 "Two processes with batch B each take the same step as one process with batch 2B."
 import os
+import socket
 import subprocess
 import sys
 
@@ -8,7 +9,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import gk_mvlp.models.gk_mvlp
+from gk_mvlp.data.knowledge import ENTITIES
+from gk_mvlp.models.encoders import train_tokenizer
+from gk_mvlp.models.gk_mvlp import GKMVLP, ModelConfig, prompt_book
 from gk_mvlp.models.losses import itc_loss
+from gk_mvlp.training.trainer import TrainConfig, Trainer
 
 WORLD, B = 2, 4
 
@@ -61,4 +67,68 @@ def test_itc_over_two_processes_equals_one_of_twice_the_batch(tmp_path):
         assert torch.allclose(out['similarity'], similarity[own, own], atol=1e-6), 'hard negatives are drawn among the own pairs'
 
 
-if __name__ == '__main__': worker(sys.argv[1])
+HALF = 4
+
+
+def neighbours(similarity, report_key, study_key, generator=None, hardness=1.):
+    "Negatives that one process with batch 2B and two with B choose alike: the next pair of the same half (the halves take turns)."
+    n = len(report_key)
+    i = (torch.arange(n) + n // HALF) % n
+    return i, i, torch.ones(n, dtype=torch.bool)
+
+
+class Pairs(torch.utils.data.Dataset):
+    "Random pictures with reports of very different lengths, and entities that some of them lack."
+    def __init__(self, tok):
+        g, n = torch.Generator().manual_seed(5), 2 * WORLD * HALF
+        texts = [' '.join(t.split()[:3 + 2 * (i % 5)]) + f' {i}' for i, t in enumerate(prompt_book()[0][:n])]
+        enc, xy = tok(texts, padding=True, return_tensors='pt'), torch.rand(n, 29, 2, generator=g) * .5
+        entities = torch.randint(-1, 2, (n, len(ENTITIES)), generator=g).float()
+        entities[::3] = -1.                                       # normal studies: more of them in one half than in the other
+        self.fields = {'images': torch.randn(n, 1, 32, 32, generator=g), **{k: enc[k] for k in ('input_ids', 'attention_mask')}, 'report_key': torch.arange(n), 'study_key': torch.arange(n),
+                       'region_boxes': torch.cat([xy, xy + .3], -1), 'region_valid': torch.rand(n, 29, generator=g) < .8, 'region_features': torch.randn(n, 29, 8, generator=g), 'entities': entities}
+    def __len__(self): return len(self.fields['images'])
+    def __getitems__(self, i): return {k: v[i] for k, v in self.fields.items()}
+
+
+def train(path):
+    "Three epochs of the whole model on Pairs through the trainer; the weights after it."
+    gk_mvlp.models.gk_mvlp.hard_negatives = neighbours
+    tok = train_tokenizer(prompt_book()[0], vocab_size=400)
+    torch.manual_seed(0)
+    model = GKMVLP(ModelConfig(dim=32, image_size=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=16, detector_dim=8, heads=2, dropout=0., train_prompts='predicted', queue=16), tok)
+    config = TrainConfig(epochs=3, batch_size=WORLD * HALF, lr=1e-3, keep_best=False)
+    history = Trainer(model, lambda m, b: m(b), Pairs(tok), config, path, quiet=True).fit()
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    order = weights['slow_towers.keys'].argsort()                 # processes queue one after the other
+    for k in ('keys', 'images', 'texts'): weights[f'slow_towers.{k}'] = weights[f'slow_towers.{k}'][order]
+    return weights, history
+
+
+def train_worker(path):
+    weights, _ = train(f'{path}/run')
+    torch.save(weights, f'{path}/weights{os.environ["RANK"]}.pt')
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason='this PyTorch has no gloo')
+def test_training_the_whole_model_in_two_processes_equals_one_with_twice_the_batch(tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': str(WORLD), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''}
+    procs = [subprocess.Popen([sys.executable, __file__, str(tmp_path), 'train'], env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(WORLD)]
+    for p in procs:
+        said = p.communicate(timeout=240)[0]
+        assert p.returncode == 0, said.decode()[-3000:]
+    original = gk_mvlp.models.gk_mvlp.hard_negatives
+    try: weights, history = train(tmp_path/'alone')
+    finally: gk_mvlp.models.gk_mvlp.hard_negatives = original
+    assert history['loss'].iloc[-1] < history['loss'].iloc[0]
+    for r in range(WORLD):
+        other = torch.load(tmp_path/f'weights{r}.pt', weights_only=True)
+        assert set(other) == set(weights)
+        for k in weights: assert torch.allclose(other[k].float(), weights[k].float(), atol=2e-4), (k, float((other[k].float() - weights[k].float()).abs().max()))
+
+
+if __name__ == '__main__': (train_worker if sys.argv[2:] else worker)(sys.argv[1])

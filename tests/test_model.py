@@ -217,3 +217,34 @@ def test_hub_names_say_what_to_do_offline(monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     with pytest.raises(GKError, match='hub'): load_tokenizer('no-such-org/no-such-model')
     with pytest.raises(GKError, match='Hugging Face'): TextEncoder(100, 32, 'no-such-org/no-such-model')
+
+
+def test_slow_towers_follow_by_momentum_and_are_no_part_of_a_saved_model(tok, batch, tmp_path):
+    model = make(tok, objective='itc', queue=8, momentum=.9, dropout=0.)
+    with torch.no_grad(): model.image_proj.weight.add_(1.)
+    slow, fast = model.slow_towers.image_proj.weight.clone(), model.image_proj.weight.clone()
+    first = model(batch)
+    assert torch.allclose(model.slow_towers.image_proj.weight, .9 * slow + .1 * fast, atol=1e-6)
+    assert (model.slow_towers.keys >= 0).sum() == B and model.slow_towers.at == B
+    model(batch | {'report_key': torch.arange(B) + 100})
+    assert model.slow_towers.keys.tolist() == [102, 103, 104, 105, 4, 5, 100, 101], 'the oldest pairs are replaced'
+    assert not [n for n, p in model.slow_towers.named_parameters() if p.requires_grad]
+    kept = model.slow_towers.images.clone()
+    model.eval()
+    with torch.no_grad(): model(batch)
+    assert torch.equal(kept, model.slow_towers.images), 'validation queues nothing'
+    again = GKMVLP.from_pretrained(model.save_pretrained(tmp_path))
+    assert again.config.queue == 0 and not hasattr(again, 'slow_towers') and hasattr(model, 'slow_towers')
+    assert torch.isfinite(first['loss'])
+
+
+def test_more_negatives_raise_itc_of_a_model_that_knows_nothing(tok, batch):
+    model = make(tok, objective='itc', queue=60, dropout=0.)
+    model.logit_scale.data.zero_()                                # logits near 0: the loss is ln of the number of columns
+    losses = [float(model(batch | {'report_key': torch.arange(B) + B * i})['itc'].detach()) for i in range(4)]
+    for i, v in enumerate(losses): assert abs(v - torch.tensor(float(B * (i + 1))).log()) < .5
+
+
+@pytest.mark.parametrize('wrong', [{'queue': -1}, {'momentum': 1.}])
+def test_an_impossible_queue_is_an_error(wrong):
+    with pytest.raises(GKError, match='queue'): ModelConfig(**wrong)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'GROUNDED', 'PROMPT_MODES', 'PAPER_SIZE', 'FEATURES', 'ModelConfig', 'prompt_book', 'prompt_numbers',
-           'GKMVLP']
+           'SlowTowers', 'GKMVLP']
 
 # %% ../../nbs/models/25_gk_mvlp.ipynb #68322010
+import copy
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..config import from_params
 from ..data.knowledge import ENTITIES, ENTITY_NAMES, prompt
 from .encoders import FrozenEncoder, ImageEncoder, TextEncoder, load_tokenizer
 from .gk_module import GKFusion, RegionEncoder, encode_unique, pool_patches
-from .losses import attention_loss, ecls_loss, hard_negatives, itc_loss, itm_loss, lm_targets, local_loss, token_loss
+from .losses import attention_loss, ecls_loss, gather_with_grad, hard_negatives, itc_loss, itm_loss, lm_targets, local_loss, token_loss
 from .multimodal import ImageReportEncoder, ReportDecoder
 from ..paths import GKError, atomic_write, write_json
 
@@ -49,6 +50,7 @@ class _Rules:
         one_of('pool', ('cls', 'mean')); one_of('region_source', ('detector', 'vit', 'none')); one_of('boxes', ('detected', 'true')); one_of('ecls_form', ('softmax', 'sigmoid'))
         if self.attention_weight and not self.local_layers: raise GKError(f'model.attention_weight {self.attention_weight} with local_layers 0', 'Without local layers there is no attention to supervise.')
         if self.image_size % self.patch_size: raise GKError(f'model.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}', 'Change one of them.')
+        if self.queue < 0 or not 0 <= self.momentum < 1: raise GKError(f'model.queue {self.queue}, momentum {self.momentum}', 'Use a queue of at least 0 and a momentum from 0 to below 1.')
         if self.freeze_knowledge and not self.share_text: raise GKError('model.freeze_knowledge with share_text false', 'One frozen encoder serves entities and prompts: leave share_text true.')
 
     @property
@@ -93,6 +95,8 @@ class ModelConfig(_Rules):
     ecls_form: str = 'softmax'                    # 'softmax' (paper) or 'sigmoid' (ours)
     attention_weight: float = 0.                  # supervise attention with region-entity relations (ours)
     label_smoothing: float = .1
+    queue: int = 0                                # earlier pairs that ITC is contrasted with beside the batch (MoCo, ALBEF); 0 = none
+    momentum: float = .995                        # of the slow towers that the queue's embeddings come from
     hardness: float = 1.                          # of ITM's negatives: 1 = by similarity (ALBEF, BLIP), 0 = any other report
     tie_embeddings: bool = False                  # the decoder reads and writes words with the report encoder's embeddings
     share_text: bool = True                       # entity and knowledge encoders share the report encoder's BERT
@@ -117,6 +121,43 @@ def prompt_numbers(entities: dict[str, int], relations: dict[tuple[str, str], in
         where = [book[name, r] for (r, e), v in relations.items() if e == name and v == 1 and (name, r) in book]
         out += where or [book[name, None]]
     return sorted(set(out))
+
+# %% ../../nbs/models/25_gk_mvlp.ipynb #0529c7d7
+class SlowTowers(nn.Module):
+    "Copies of both towers that follow them slowly, and the embeddings of the last `size` pairs they have seen."
+    parts = ('image_encoder', 'image_proj', 'report_encoder', 'text_proj')
+    def __init__(self, model: nn.Module, size: int, momentum: float):
+        super().__init__()
+        for k in self.parts: self.add_module(k, copy.deepcopy(getattr(model, k)).requires_grad_(False))
+        self.momentum, d = momentum, model.image_proj.out_features
+        self.register_buffer('images', torch.zeros(size, d)); self.register_buffer('texts', torch.zeros(size, d))
+        self.register_buffer('keys', torch.full((size,), -1)); self.register_buffer('at', torch.tensor(0))
+        self.train(False)
+
+    def train(self, mode: bool = True) -> 'SlowTowers': "Without dropout, and with the batch statistics of the towers."; return super().train(False)
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module) -> None:
+        "One step towards the towers of `model`."
+        for k in self.parts:
+            own, fast = getattr(self, k), getattr(model, k)
+            torch._foreach_lerp_(list(own.parameters()), [p.detach() for p in fast.parameters()], 1 - self.momentum)
+            for a, b in zip(own.buffers(), fast.buffers(), strict=True): a.copy_(b)
+
+    @torch.no_grad()
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]: # [B, d], [B, d], unit length
+        v, t = self.image_encoder(batch['images'])[:, 0], self.report_encoder(batch['input_ids'], batch['attention_mask'])[:, 0]
+        return F.normalize(self.image_proj(v).float(), dim=-1), F.normalize(self.text_proj(t).float(), dim=-1)
+
+    def kept(self) -> tuple[Tensor, Tensor, Tensor]: "Pictures, texts and report keys of the queue."; full = self.keys >= 0; return self.images[full], self.texts[full], self.keys[full]
+
+    @torch.no_grad()
+    def push(self, images: Tensor, texts: Tensor, keys: Tensor) -> None:
+        "Keep these pairs of all processes in place of the oldest."
+        new = [gather_with_grad(x)[-len(self.keys):] for x in (images, texts, keys)]
+        where = (self.at + torch.arange(len(new[2]), device=self.at.device)) % len(self.keys)
+        for mine, x in zip((self.images, self.texts, self.keys), new, strict=True): mine[where] = x
+        self.at.copy_((self.at + len(where)) % len(self.keys))
 
 # %% ../../nbs/models/25_gk_mvlp.ipynb #bdd38100
 class GKMVLP(nn.Module, ModelHubMixin):
@@ -144,6 +185,7 @@ class GKMVLP(nn.Module, ModelHubMixin):
             if c.freeze_knowledge: self.frozen_text = FrozenEncoder(text())
             self._add_entities(text)
         if c.gk: self._add_gk(text)
+        if c.queue and OBJECTIVES[c.objective]: self.slow_towers = SlowTowers(self, c.queue, c.momentum)
 
 # %% ../../nbs/models/25_gk_mvlp.ipynb #3e283a81
 @patch
@@ -257,6 +299,17 @@ def decoder_ids(self: GKMVLP, ids: Tensor) -> Tensor:
     tok = self.tokenizer
     return ids.masked_fill(ids == tok.cls_token_id, tok.bos_token_id).masked_fill(ids == tok.sep_token_id, tok.eos_token_id)
 
+# %% ../../nbs/models/25_gk_mvlp.ipynb #0d399592
+@patch
+def contrast(self: GKMVLP, batch: dict) -> tuple:
+    "What ITC is contrasted with beside the batch, as arguments of `itc_loss`: nothing, or in training with a queue the slow towers' embeddings of the batch and of the pairs before it."
+    if not (self.training and self.config.queue): return ()
+    slow = self.slow_towers
+    slow.follow(self)
+    pair, queue = slow(batch), slow.kept()
+    slow.push(*pair, batch['report_key'])
+    return pair, queue
+
 # %% ../../nbs/models/25_gk_mvlp.ipynb #2d9351b4
 @patch
 def forward(self: GKMVLP, batch: dict # of `gk_mvlp.training.batches.StudySet`
@@ -267,7 +320,7 @@ def forward(self: GKMVLP, batch: dict # of `gk_mvlp.training.batches.StudySet`
     out, ids, mask = {}, batch['input_ids'], batch['attention_mask']
     v, t = self.image_encoder(batch['images']), self.report_encoder(ids, mask)
     scale = self.logit_scale.exp().clamp(1, 100)
-    out['itc'], similarity = itc_loss(F.normalize(self.image_proj(v[:, 0]).float(), dim=-1), F.normalize(self.text_proj(t[:, 0]).float(), dim=-1), scale, batch['report_key'])
+    out['itc'], similarity = itc_loss(F.normalize(self.image_proj(v[:, 0]).float(), dim=-1), F.normalize(self.text_proj(t[:, 0]).float(), dim=-1), scale, batch['report_key'], *self.contrast(batch))
     z = self.ground(v, batch, c.train_prompts if self.training else c.prompts, need_maps=c.attention_weight > 0) if c.gk else None
     m, m_mask = self.memory(v, z, batch)
     if 'itm' in w: out['itm'] = self.itm_step(t, mask.bool(), m, m_mask, similarity, batch)
@@ -339,7 +392,11 @@ def save_pretrained(self: GKMVLP, folder: str | Path,
     folder, c = Path(folder), asdict(self.config)
     folder.mkdir(parents=True, exist_ok=True)
     self.tokenizer.save_pretrained(folder)
-    save_model(self, str(folder/'model.safetensors'))
+    slow = self._modules.pop('slow_towers', None)                 # of use in training only, and as large as the towers
+    try: save_model(self, str(folder/'model.safetensors'))
+    finally:
+        if slow is not None: self.slow_towers = slow
+    c['queue'] = 0
     with atomic_write(folder/'README.md') as f: f.write(self.card())
     for k in ('image_checkpoint', 'text_encoder'):
         if Path(c[k]).exists(): c[k] = Path(c[k]).name            # a path of this machine means nothing elsewhere

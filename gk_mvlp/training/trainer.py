@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -176,7 +176,8 @@ def attention_backend(device: str # 'cpu', 'cuda', ...
 class _Setup(_State):
     "Device, optimizer, schedule, precision."
     def _setup(self) -> None:
-        c, world = self.config, Accelerator(mixed_precision='no')
+        # a softmax ECLS has no use for the entities' bias, and data-parallel training waits for it for ever unless told to look
+        c, world = self.config, Accelerator(mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         if c.precision == 'fp16' and world.device.type == 'cpu': raise GKError("precision 'fp16' needs a GPU", "Use 'bf16' or 'no' on a CPU.")
         self.acc, self.device = world, world.device
         self.model.to(self.device)
@@ -343,7 +344,7 @@ class _EpochEnds(_Epochs):
 class Trainer(_EpochEnds):
     """Trains `model` with `loss_fn` on `train_set`; see `_State` for the arguments and `fit` for what happens.
 
-    Runs on a CPU or one GPU; several processes through accelerate's launcher (data parallel: written for it, tested with one process).
+    Runs on a CPU or one GPU; several processes through accelerate's launcher (data parallel; two on a CPU give the weights of one with the whole batch).
     The logged losses are the main process's own; every process evaluates the whole validation set."""
     def fit(self) -> pd.DataFrame:
         "Train to the end, or from `last.ckpt` to the end. Returns the history, one row an epoch; the model then holds the best (or last) weights."
