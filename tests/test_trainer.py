@@ -403,3 +403,30 @@ except GKError as e: print('GKError', e)
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])})
     assert 'GKError' in out.stdout and 'could not be written' in out.stdout, out.stderr
     assert load_checkpoint(path)['epoch'] == 1 and [p.name for p in tmp_path.iterdir()] == ['last.ckpt']
+
+
+class Elsewhere(torch.nn.Module):
+    "A model on another device than the data; it refuses batches that were left behind."
+    def __init__(self):
+        super().__init__()
+        self.logit_scale = torch.nn.Parameter(torch.zeros((), device='meta'))
+    def forward(self, batch):
+        assert {v.device.type for v in batch.values()} == {'meta'}, 'the batch was not moved to the model'
+        return {'loss': torch.ones(()), 'itc': torch.ones(())}
+
+
+def test_batches_move_to_the_model():
+    "As on a GPU: the data sets stay in main memory, whatever is asked of a model."
+    from gk_mvlp.study.experiments import validation_losses
+    from gk_mvlp.tasks.report_generation import mean_loss
+    from gk_mvlp.training import batches
+
+    class Data:
+        strength = .5
+        def __len__(self): return 10
+        def __getitem__(self, i): return {'images': torch.zeros(len(i), 1, 8, 8)}
+    assert validation_losses(Elsewhere(), Data(), 4) == {'val_loss': 1., 'val_itc': 1.}
+    assert mean_loss(Elsewhere(), Data(), 4) == 1.
+    seen = []
+    out = batches.run_batches(Data(), lambda b: (seen.append(b['images'].device.type), {'n': torch.ones(b['images'].shape[0])})[1], 4, 'meta')
+    assert seen == ['meta'] * 3 and len(out['n']) == 10 and Data.strength == .5

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from accelerate.utils import send_to_device
 from fastcore.basics import patch
 
 from ..config import from_params
@@ -34,7 +35,7 @@ from ..models.losses import health_report
 from ..paths import GKError, data_root, runs_dir
 from .figures import plot_regions, plot_roc
 from ..tasks.classification import finetune, label_matrix, linear_probe, model_features, pixel_baseline, pixel_features, prediction_frame
-from ..training.batches import StudySet, detect_regions, load_pictures, true_regions
+from ..training.batches import StudySet, detect_regions, load_pictures, training_device, true_regions
 from ..training.checkpoint import seed_everything
 from ..training.trainer import TrainConfig, Trainer
 
@@ -69,7 +70,7 @@ def load_detector(folder: str) -> RegionDetector:
     "The detector of a run folder (`<folder>/model`)."
     path = Path(folder)/'model'
     if not folder or not path.is_dir(): raise GKError(f'detector {folder!r}: no trained detector there', 'Run nbs/experiments/70_detector.ipynb and give its run folder.')
-    return RegionDetector.load(path)
+    return RegionDetector.load(path).to(training_device())
 
 def model_hash(folder: str) -> str:
     "Hash of a saved model's weights; '' without one."
@@ -159,7 +160,8 @@ def validation_losses(model: GKMVLP, data: StudySet, batch_size: int) -> dict[st
     "Mean losses over whole batches of a split; hard negatives are drawn with a fixed seed."
     torch.manual_seed(0)
     size = min(batch_size, len(data))
-    parts = [model(data[list(range(i, i + size))]) for i in range(0, len(data) - size + 1, size)]
+    device = model.logit_scale.device
+    parts = [model(send_to_device(data[list(range(i, i + size))], device)) for i in range(0, len(data) - size + 1, size)]
     return {f'val_{k}': float(np.mean([float(p[k]) for p in parts])) for k in parts[0] if k in (*LOSSES, 'loss')}
 
 def pretrain(config: ModelConfig, train: TrainConfig, tokenizer, data: StudySet, val: StudySet, run: Path) -> tuple[GKMVLP, pd.DataFrame, dict]:
@@ -170,7 +172,7 @@ def pretrain(config: ModelConfig, train: TrainConfig, tokenizer, data: StudySet,
     history = trainer.fit()
     first, last = ({k: float(history[k].iloc[i]) for k in LOSSES if k in history} for i in (0, -1))
     seed_everything(train.seed)
-    fresh = validation_losses(GKMVLP(model.config, tokenizer).eval(), val, train.batch_size)
+    fresh = validation_losses(GKMVLP(model.config, tokenizer).to(model.logit_scale.device).eval(), val, train.batch_size)
     start = {k: fresh[f'val_{k}'] for k in first}
     return model, history, health_report(start, {k: float(history[f'val_{k}'].min()) for k in first}, min(train.batch_size, len(val)), len(tokenizer))
 
@@ -230,10 +232,10 @@ class ClassificationTask:
 # %% ../../nbs/study/61_experiments.ipynb #b939e8bb
 def load_method(method: str, checkpoint: str, settings: dict, seed: int, texts: Sequence[str] = ()) -> GKMVLP:
     "The method's model: pre-trained, or, for `scratch`, a new one of the same size with a vocabulary of `texts` and the knowledge prompts."
-    if method != 'scratch': return GKMVLP.from_pretrained(checkpoint)
+    if method != 'scratch': return GKMVLP.from_pretrained(checkpoint).to(training_device())
     seed_everything(seed)
     config = from_params(ModelConfig, settings['model'] | {'objective': 'scratch'}, 'preset, section model')
-    return GKMVLP(config, train_tokenizer([*texts, *prompt_book()[0]], config.vocab_size))
+    return GKMVLP(config, train_tokenizer([*texts, *prompt_book()[0]], config.vocab_size)).to(training_device())
 
 @patch
 def run(self: ClassificationTask, method: str, checkpoint: str, config: TrainConfig, run: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

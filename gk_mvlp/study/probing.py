@@ -85,13 +85,11 @@ def disturb(fields: dict[str, Tensor], # of a StudySet
 # %% ../../nbs/study/94_probing.ipynb #e4210055
 def features_by_kind(model: GKMVLP, data: StudySet, kinds: Sequence[str]) -> dict[str, np.ndarray]: # {kind: [N, F]}
     "Features of every kind; what the oracle needs must be in the data."
-    device = model.logit_scale.device
     def step(b):
-        b = {k: t.to(device) for k, t in b.items()}
         v = model.image_encoder(b['images'])
-        return {k: model.features_of(v, b, k).float().cpu() for k in kinds}
+        return {k: model.features_of(v, b, k).float() for k in kinds}
     model.eval()
-    return {k: x.numpy() for k, x in run_batches(data, step).items()}
+    return {k: x.numpy() for k, x in run_batches(data, step, device=model.logit_scale.device).items()}
 
 ROWS = {'image': 'image_only', 'roi': 'roi_pool', 'gk_null': 'null_prompts', 'gk_all': 'all_prompts', 'gk_oracle': 'oracle_prompts', 'gk_shuffled': 'shuffled_prompts'}
 
@@ -159,14 +157,12 @@ def probe_relations(p: Probing) -> pd.DataFrame | None:
     "`relation_frame` of the test split; None without stated relations or without prompts."
     pairs = relation_pairs(p.r.part['train'])
     if not pairs or not p.model.config.prompted: return None
-    device = p.model.logit_scale.device
     def step(b):
-        b = {k: t.to(device) for k, t in b.items()}
         v, ok = p.model.image_encoder(b['images']), b['region_valid'][..., None]
         own, shuffled = (p.model.ground(v, b, 'all', need_maps=True, shuffle=s)['prompt_attention'].mean(1) * ok for s in (False, True))
-        return {'attention': own[..., 1:].cpu(), 'shuffled_prompts': shuffled[..., 1:].cpu(), 'null_prompt': ((1 - own[..., :1]) * ok).expand(-1, -1, own.shape[-1] - 1).cpu()}
+        return {'attention': own[..., 1:], 'shuffled_prompts': shuffled[..., 1:], 'null_prompt': ((1 - own[..., :1]) * ok).expand(-1, -1, own.shape[-1] - 1)}
     p.model.eval()
-    scores = {k: x.numpy() for k, x in run_batches(p.data['test'], step).items()}
+    scores = {k: x.numpy() for k, x in run_batches(p.data['test'], step, device=p.model.logit_scale.device).items()}
     return relation_frame(p.r.part['test'], pairs, scores, p.r.part['train']).astype({k: 'category' for k in ('study_id', 'subject_id', 'split', 'region', 'entity')})
 
 def probe_maps(p: Probing) -> pd.DataFrame | None:

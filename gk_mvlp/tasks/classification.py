@@ -85,7 +85,7 @@ def pixel_baseline(x_train: np.ndarray, y_train: np.ndarray, x_val: np.ndarray, 
 def model_features(model: GKMVLP, data: StudySet, kind: str) -> np.ndarray:
     "[N, F] frozen features (see `GKMVLP.features`), computed once."
     model.eval()
-    return run_batches(data, lambda b: model.features(b, kind).float()).numpy()
+    return run_batches(data, lambda b: model.features(b, kind).float(), device=model.logit_scale.device).numpy()
 
 # %% ../../nbs/tasks/40_classification.ipynb #dbe6557e
 class Classifier(nn.Module):
@@ -114,12 +114,12 @@ def finetune(model: GKMVLP, kind: str, train: StudySet, val: StudySet, test: Stu
     "(validation scores, test scores, history). Resumes from run_dir/last.ckpt."
     torch.manual_seed(config.seed)
     net = Classifier(model, kind, train.fields['targets'].shape[1])
-    def scores(data): return torch.sigmoid(run_batches(data, lambda b: net(b).float())).numpy()
+    def scores(net, data): return torch.sigmoid(run_batches(data, lambda b: net(b).float(), device=net.head.weight.device)).numpy()
     y_val = val.fields['targets'].numpy()
-    trainer = Trainer(net, classification_loss, train, config, run_dir, evaluate=lambda _: {'val_auroc': mean_auroc(y_val, scores(val))}, monitor='val_auroc')
+    trainer = Trainer(net, classification_loss, train, config, run_dir, evaluate=lambda m: {'val_auroc': mean_auroc(y_val, scores(m, val))}, monitor='val_auroc')
     history = trainer.fit()
     net.eval()
-    with torch.no_grad(): return scores(val), scores(test), history
+    with torch.no_grad(): return scores(net, val), scores(net, test), history
 
 # %% ../../nbs/tasks/40_classification.ipynb #54112d0b
 def prediction_frame(studies: Sequence[Study], y: np.ndarray, scores: np.ndarray, names: Sequence[str], **columns) -> pd.DataFrame:

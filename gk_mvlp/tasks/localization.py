@@ -89,7 +89,7 @@ class PyramidBackbone(nn.Module):
         self.vit, self.frozen = isinstance(model, ImageEncoder), frozen
         self.model = model if self.vit else model.backbone
         size = model.image_size if self.vit else model.config.image_size
-        with torch.no_grad(): shape = self._map(torch.zeros(1, 1, size, size)).shape
+        with torch.no_grad(): shape = self._map(torch.zeros(1, 1, size, size, device=next(model.parameters()).device)).shape
         self.pyramid = SimplePyramid(shape[1], out, size // shape[2])
         self.out_channels = out
         if frozen: self.model.requires_grad_(False)
@@ -168,7 +168,7 @@ def fit_localization(model: ImageEncoder | RegionDetector, train: BoxSet, val: B
     if not (val.labels > 0).any(): raise GKError('no validation study has a finding box', 'Use a larger validation split.')
     torch.manual_seed(training.seed)
     net = FindingDetector(model, len(train.names), train.images.shape[-1], config)
-    def score(_): return {'val_map': float(mean_ap(read_detections(detection_frame(val.studies, net.detect(val), val.names)), RSNA_IOU)[0])}
+    def score(m): return {'val_map': float(mean_ap(read_detections(detection_frame(val.studies, m.detect(val), val.names)), RSNA_IOU)[0])}
     trainer = Trainer(net, lambda m, b: m(b), train, training, run_dir, evaluate=score, monitor='val_map', quiet=quiet)
     return net, trainer.fit()
 

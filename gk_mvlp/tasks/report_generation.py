@@ -85,9 +85,9 @@ class ReportGenerator(nn.Module):
 def mean_loss(net: nn.Module, data, batch_size: int = 64) -> float:
     "Mean over the samples (reports, or questions) of `net(batch)['loss']`, without augmentation."
     def step(b):
-        loss = net({k: v.to(next(net.parameters()).device) for k, v in b.items()})['loss']
+        loss = net(b)['loss']
         return torch.tensor([[float(loss), len(b.get('asked', b['images']))]])
-    loss, n = run_batches(data, step, batch_size).T
+    loss, n = run_batches(data, step, batch_size, next(net.parameters()).device).T
     return float((loss * n).sum() / n.sum())
 
 def fit_reports(model: GKMVLP, kind: str, train: StudySet, val: StudySet, # both with a tokenizer
@@ -95,7 +95,7 @@ def fit_reports(model: GKMVLP, kind: str, train: StudySet, val: StudySet, # both
     "(fine-tuned generator, history). Resumes from run_dir/last.ckpt."
     torch.manual_seed(config.seed)
     net = ReportGenerator(model, kind)
-    trainer = Trainer(net, lambda m, b: m(b), train, config, run_dir, evaluate=lambda _: {'val_loss': mean_loss(net, val)}, monitor='val_loss', mode='min', quiet=quiet)
+    trainer = Trainer(net, lambda m, b: m(b), train, config, run_dir, evaluate=lambda m: {'val_loss': mean_loss(m, val)}, monitor='val_loss', mode='min', quiet=quiet)
     history = trainer.fit()
     net.eval()
     return net, history

@@ -126,8 +126,8 @@ def fit_vqa(model: GKMVLP, kind: str, form: str, train: QASet, val: QASet, confi
     net = VQAModel(model, kind, form, train.answers)
     config = replace(config, batch_size=max(1, round(config.batch_size * len(train) / len(train.frame)))) # batch_size of the settings counts questions
     if form == 'classification':
-        best = dict(evaluate=lambda _: {'val_accuracy': float(vqa_metrics(val.frame.assign(prediction=answer_questions(net, val)))['accuracy'][0])}, monitor='val_accuracy', mode='max')
-    else: best = dict(evaluate=lambda _: {'val_loss': mean_loss(net, val)}, monitor='val_loss', mode='min')
+        best = dict(evaluate=lambda m: {'val_accuracy': float(vqa_metrics(val.frame.assign(prediction=answer_questions(m, val)))['accuracy'][0])}, monitor='val_accuracy', mode='max')
+    else: best = dict(evaluate=lambda m: {'val_loss': mean_loss(m, val)}, monitor='val_loss', mode='min')
     history = Trainer(net, lambda m, b: m(b), train, config, run_dir, quiet=quiet, **best).fit()
     net.eval()
     return net, history

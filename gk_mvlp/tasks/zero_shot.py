@@ -58,17 +58,15 @@ def prompt_embeddings(model: GKMVLP, labels: Sequence[str], prompt_sets: Sequenc
     return F.normalize(e, dim=-1)
 
 # %% ../../nbs/tasks/41_zero_shot.ipynb #3c305058
-def _device(model: GKMVLP, batch: dict) -> dict: return {k: v.to(model.logit_scale.device) for k, v in batch.items()}
-
 @torch.no_grad()
 def itc_scores(model: GKMVLP, data: StudySet, labels: Sequence[str], prompt_sets: Sequence[str] = tuple(PROMPT_SETS)) -> np.ndarray: # [N, C] in 0..1
     "Probability of each label by sentences; several prompt sets are ensembled."
     model.eval()
     e, scale = prompt_embeddings(model, labels, prompt_sets), model.logit_scale.exp().clamp(1, 100)
     def step(b):
-        v = F.normalize(model.image_proj(model.image_encoder(_device(model, b)['images'])[:, 0]).float(), dim=-1)
-        return torch.sigmoid(scale * (v @ e[0].T - v @ e[1].T)).cpu()
-    return run_batches(data, step).numpy()
+        v = F.normalize(model.image_proj(model.image_encoder(b['images'])[:, 0]).float(), dim=-1)
+        return torch.sigmoid(scale * (v @ e[0].T - v @ e[1].T))
+    return run_batches(data, step, device=model.logit_scale.device).numpy()
 
 def _entities(labels: Sequence[str]) -> list[int]:
     names = [class_name(n) for n in labels]
@@ -82,9 +80,9 @@ def ecls_scores(model: GKMVLP, data: StudySet, labels: Sequence[str]) -> np.ndar
     model.eval()
     index = _entities(labels)
     def step(b):
-        s = model.entity_scores(model.image_encoder(_device(model, b)['images'])[:, 0])
-        return (s.sigmoid() if model.config.ecls_form == 'sigmoid' else s.softmax(-1))[:, index].cpu()
-    return run_batches(data, step).numpy()
+        s = model.entity_scores(model.image_encoder(b['images'])[:, 0])
+        return (s.sigmoid() if model.config.ecls_form == 'sigmoid' else s.softmax(-1))[:, index]
+    return run_batches(data, step, device=model.logit_scale.device).numpy()
 
 # %% ../../nbs/tasks/41_zero_shot.ipynb #d8e0e203
 @torch.no_grad()
@@ -93,9 +91,9 @@ def similarity_maps(model: GKMVLP, data: StudySet, labels: Sequence[str], prompt
     model.eval()
     e = prompt_embeddings(model, labels, prompt_sets)
     def step(b):
-        p = F.normalize(model.image_proj(model.image_encoder(_device(model, b)['images'])[:, 1:]).float(), dim=-1)
-        return (p @ (e[0] - e[1]).T).transpose(1, 2).cpu()
-    m = run_batches(data, step)
+        p = F.normalize(model.image_proj(model.image_encoder(b['images'])[:, 1:]).float(), dim=-1)
+        return (p @ (e[0] - e[1]).T).transpose(1, 2)
+    m = run_batches(data, step, device=model.logit_scale.device)
     return m.unflatten(-1, (model.image_encoder.grid, -1)).numpy()
 
 @torch.no_grad()
@@ -108,9 +106,8 @@ def attention_maps(model: GKMVLP, data: StudySet, labels: Sequence[str],
     model.eval()
     index = torch.tensor(_entities(labels)) + 1                                     # 0 is the null prompt
     def step(b):
-        b = _device(model, b)
         z = model.ground(model.image_encoder(b['images']), b, 'none' if control == 'null' else 'all', need_maps=True, shuffle=control == 'shuffled')
         a = z['prompt_attention'].mean(1)
         a = (a[:, :, :1].expand(-1, -1, len(index)) if control == 'null' else a[:, :, index.to(a.device)]) * z['region_valid'][..., None]
-        return torch.einsum('brc,brn->bcn', a, z['patch_attention'].mean(1)).cpu()
-    return run_batches(data, step).unflatten(-1, (model.image_encoder.grid, -1)).numpy()
+        return torch.einsum('brc,brn->bcn', a, z['patch_attention'].mean(1))
+    return run_batches(data, step, device=model.logit_scale.device).unflatten(-1, (model.image_encoder.grid, -1)).numpy()
