@@ -38,7 +38,7 @@ def study(folder: Path) -> list[str]:
 
 def generated() -> str:
     "The text between the markers."
-    folders = [ROOT/'paper_results'/p for p in ('mini', 'public') if (ROOT/'paper_results'/p/'manifest.json').is_file()]
+    folders = [ROOT/'paper_results'/p for p in ('mini', 'full', 'public') if (ROOT/'paper_results'/p/'manifest.json').is_file()]
     return '\n'.join([START, '', *[line for f in folders for line in study(f)], END])
 
 
