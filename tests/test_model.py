@@ -235,6 +235,7 @@ def test_slow_towers_follow_by_momentum_and_are_no_part_of_a_saved_model(tok, ba
     assert torch.equal(kept, model.slow_towers.images), 'validation queues nothing'
     again = GKMVLP.from_pretrained(model.save_pretrained(tmp_path))
     assert again.config.queue == 0 and not hasattr(again, 'slow_towers') and hasattr(model, 'slow_towers')
+    assert 'slow_towers' not in (tmp_path/'README.md').read_text(), 'the card counts what is in the folder'
     assert torch.isfinite(first['loss'])
 
 

@@ -393,11 +393,12 @@ def save_pretrained(self: GKMVLP, folder: str | Path,
     folder.mkdir(parents=True, exist_ok=True)
     self.tokenizer.save_pretrained(folder)
     slow = self._modules.pop('slow_towers', None)                 # of use in training only, and as large as the towers
-    try: save_model(self, str(folder/'model.safetensors'))
+    try:
+        save_model(self, str(folder/'model.safetensors'))
+        with atomic_write(folder/'README.md') as f: f.write(self.card())
     finally:
         if slow is not None: self.slow_towers = slow
     c['queue'] = 0
-    with atomic_write(folder/'README.md') as f: f.write(self.card())
     for k in ('image_checkpoint', 'text_encoder'):
         if Path(c[k]).exists(): c[k] = Path(c[k]).name            # a path of this machine means nothing elsewhere
     write_json(folder/'config.json', c | {'text_config': self.report_encoder.bert.config.to_dict() if c['text_encoder'] else {}, 'model_type': 'gk_mvlp'})

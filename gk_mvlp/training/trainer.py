@@ -95,8 +95,7 @@ def bounded(config: TrainConfig, n: int # samples
     k = math.ceil(config.min_steps / (config.epochs * each))
     if k > 1: return replace(config, epochs=k * config.epochs, eval_every=k * config.eval_every)
     if not config.max_steps: return config
-    epochs = min(config.epochs, max(1, config.max_steps // each))
-    return replace(config, epochs=epochs, eval_every=min(config.eval_every, epochs))
+    return replace(config, epochs=min(config.epochs, max(1, config.max_steps // each)))
 
 # %% ../../nbs/training/31_trainer.ipynb #d53597f9
 def as_batch(samples):
@@ -176,7 +175,7 @@ def attention_backend(device: str # 'cpu', 'cuda', ...
 class _Setup(_State):
     "Device, optimizer, schedule, precision."
     def _setup(self) -> None:
-        # a softmax ECLS has no use for the entities' bias, and data-parallel training waits for it for ever unless told to look
+        # an objective leaves parts idle (softmax ECLS the entities' bias, ITC the decoder), which data-parallel training takes for an error unless told to look for them
         c, world = self.config, Accelerator(mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         if c.precision == 'fp16' and world.device.type == 'cpu': raise GKError("precision 'fp16' needs a GPU", "Use 'bf16' or 'no' on a CPU.")
         self.acc, self.device = world, world.device
