@@ -62,9 +62,9 @@ def test_each_claim_takes_its_own_rows():
               'subgroups': pd.DataFrame([{'task': 'subgroups', 'dataset': 'phantom', 'attribute': 'sex', 'group': 'gap', 'method': 'gk', 'metric': 'auroc', 'reference': 'itc_itm_lm', 'difference': d, 'difference_low': d, 'difference_high': d, 'p_holm': p, 'n': 9} for d, p in ((.1, .01), (.1, .9))])}
     said = {c.title: v for c, _, v in study_claims(tables)}
     assert said['Pre-training on reports helps'] == 'supported in all 1 tests'
-    assert said['The knowledge in the prompts is what helps'] == 'contradicted in 1 of 1 tests'
+    assert said['The knowledge in the prompts is what helps'] == 'contradicted: none of 1 tests for it, 1 against'
     assert said['The grounded-knowledge module helps'] == 'supported in part: 1 of 2 tests'
-    assert said['Grounding does not widen gaps between groups'] == 'contradicted in 1 of 2 tests'
+    assert said['Grounding does not widen gaps between groups'] == 'contradicted: none of 2 tests for it, 1 against'
     assert [said[t] for t in ('Entity classification helps', 'It scales with data and size')] == ['not testable here'] * 2
     assert len(said) == len(CLAIMS)
 

@@ -13,7 +13,7 @@ def cell(method, positive, n=40, seed=0):
 
 
 def test_too_few_positives_leave_a_number_without_interval():
-    few = [cell('gk', 1), cell('scratch', 1, seed=1)]; table, comparisons = collect.classification_table(few, 200), collect.comparison_table(few, n_boot=200)
+    few = [cell('gk', 1), cell('scratch', 1, seed=1)]; table, comparisons = collect.classification_table(few, 200), collect.comparison_table(few)
     auc = table[table['metric'] == 'auroc']
     assert auc['mean'].notna().all() and auc[['low', 'high']].isna().all(axis=None) and not len(comparisons)
     text = collect.markdown_report(table, comparisons, '')
@@ -21,7 +21,7 @@ def test_too_few_positives_leave_a_number_without_interval():
 
 
 def test_enough_positives_have_intervals():
-    many = [cell('gk', 8), cell('scratch', 8, seed=1)]; table, comparisons = collect.classification_table(many, 200), collect.comparison_table(many, n_boot=200)
+    many = [cell('gk', 8), cell('scratch', 8, seed=1)]; table, comparisons = collect.classification_table(many, 200), collect.comparison_table(many)
     assert table.loc[table['metric'] == 'auroc', 'low'].notna().all() and len(comparisons) == 1
     assert 'Median width' in collect.markdown_report(table, comparisons, '')
     inside = table[table['metric'] != 'ece']

@@ -14,6 +14,7 @@ from gk_mvlp.data.knowledge import ENTITIES
 from gk_mvlp.models.encoders import train_tokenizer
 from gk_mvlp.models.gk_mvlp import GKMVLP, ModelConfig, prompt_book
 from gk_mvlp.models.losses import itc_loss
+from gk_mvlp.paths import GKError
 from gk_mvlp.training.trainer import TrainConfig, Trainer
 
 WORLD, B = 2, 4
@@ -91,38 +92,68 @@ class Pairs(torch.utils.data.Dataset):
     def __getitems__(self, i): return {k: v[i] for k, v in self.fields.items()}
 
 
-def train(path):
-    "Three epochs of the whole model on Pairs through the trainer; the weights after it."
+class Cut(Exception): "A power cut."
+
+
+def train(path, shard=False, cut=0):
+    """Three epochs of the whole model on Pairs through the trainer: the weights after it, the history, the trainer. With `cut` a first attempt ends at that step, and the second resumes.
+
+    Sharded, the decoder shares its words with the report encoder; there is no queue, which cannot be sharded."""
     gk_mvlp.models.gk_mvlp.hard_negatives = neighbours
     tok = train_tokenizer(prompt_book()[0], vocab_size=400)
     torch.manual_seed(0)
-    model = GKMVLP(ModelConfig(dim=32, image_size=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=16, detector_dim=8, heads=2, dropout=0., train_prompts='predicted', queue=16), tok)
-    config = TrainConfig(epochs=3, batch_size=WORLD * HALF, lr=1e-3, keep_best=False)
-    history = Trainer(model, lambda m, b: m(b), Pairs(tok), config, path, quiet=True).fit()
+    queue, calls = 0 if shard is not None else 16, 0
+    model = GKMVLP(ModelConfig(dim=32, image_size=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=16, detector_dim=8, heads=2, dropout=0., train_prompts='predicted', queue=queue, tie_embeddings=not queue), tok)
+    config = TrainConfig(epochs=3, batch_size=WORLD * HALF, lr=1e-3, keep_best=False, shard=bool(shard), checkpoint_every=1)
+    def loss(m, b):
+        nonlocal calls
+        calls += 1
+        if calls == cut: raise Cut
+        return m(b)
+    some = Pairs(tok).__getitems__(list(range(HALF)))
+    trainer = Trainer(model, loss, Pairs(tok), config, path, evaluate=lambda m: {'val_features': float(m.features(some, 'gk').mean())}, quiet=True)
+    if cut:
+        with pytest.raises(Cut): trainer.fit()
+        trainer.wrapped = None
+    history = trainer.fit()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
+    if not queue: return weights, history, trainer
     order = weights['slow_towers.keys'].argsort()                 # processes queue one after the other
     for k in ('keys', 'images', 'texts'): weights[f'slow_towers.{k}'] = weights[f'slow_towers.{k}'][order]
-    return weights, history
+    return weights, history, trainer
 
 
 def train_worker(path):
-    weights, _ = train(f'{path}/run')
-    torch.save(weights, f'{path}/weights{os.environ["RANK"]}.pt')
+    torch.save(train(f'{path}/run', shard=None)[0], f'{path}/weights{os.environ["RANK"]}.pt')
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason='this PyTorch has no gloo')
-def test_training_the_whole_model_in_two_processes_equals_one_with_twice_the_batch(tmp_path):
+def shard_worker(path):
+    "Sharded: once in peace, once cut at the fourth step of six; what each ends with, and this process's share of the parameters."
+    weights, history, trainer = train(f'{path}/run', shard=True)
+    own = sum(p.to_local().numel() for p in trainer.wrapped.parameters())
+    again, resumed, _ = train(f'{path}/cut', shard=True, cut=4)
+    torch.save({'weights': weights, 'again': again, 'own': own, 'features': history['val_features'].tolist(), 'same_history': bool(dist.get_rank()) or resumed['loss'].tolist() == history['loss'].tolist()}, f'{path}/out{os.environ["RANK"]}.pt')
+    dist.destroy_process_group()
+
+
+def in_two_processes(path, job):
+    "Run a worker of this file in two processes, as torchrun would."
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': str(WORLD), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''}
-    procs = [subprocess.Popen([sys.executable, __file__, str(tmp_path), 'train'], env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(WORLD)]
+    procs = [subprocess.Popen([sys.executable, __file__, str(path), job], env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(WORLD)]
     for p in procs:
         said = p.communicate(timeout=240)[0]
         assert p.returncode == 0, said.decode()[-3000:]
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason='this PyTorch has no gloo')
+def test_training_the_whole_model_in_two_processes_equals_one_with_twice_the_batch(tmp_path):
+    in_two_processes(tmp_path, 'train')
     original = gk_mvlp.models.gk_mvlp.hard_negatives
-    try: weights, history = train(tmp_path/'alone')
+    try: weights, history, _ = train(tmp_path/'alone', shard=None)
     finally: gk_mvlp.models.gk_mvlp.hard_negatives = original
     assert history['loss'].iloc[-1] < history['loss'].iloc[0]
     for r in range(WORLD):
@@ -131,4 +162,24 @@ def test_training_the_whole_model_in_two_processes_equals_one_with_twice_the_bat
         for k in weights: assert torch.allclose(other[k].float(), weights[k].float(), atol=2e-4), (k, float((other[k].float() - weights[k].float()).abs().max()))
 
 
-if __name__ == '__main__': (train_worker if sys.argv[2:] else worker)(sys.argv[1])
+@pytest.mark.skipif(not dist.is_gloo_available(), reason='this PyTorch has no gloo')
+def test_sharded_training_equals_one_process_and_resumes_to_the_bit(tmp_path):
+    in_two_processes(tmp_path, 'shard')
+    original = gk_mvlp.models.gk_mvlp.hard_negatives
+    try: weights, history, trainer = train(tmp_path/'alone', shard=False)
+    finally: gk_mvlp.models.gk_mvlp.hard_negatives = original
+    assert history['loss'].iloc[-1] < history['loss'].iloc[0]
+    for r in range(WORLD):
+        out = torch.load(tmp_path/f'out{r}.pt', weights_only=True)
+        for k in weights: assert torch.allclose(out['weights'][k].float(), weights[k].float(), atol=1e-5), (k, float((out['weights'][k].float() - weights[k].float()).abs().max()))
+        assert all(torch.equal(out['again'][k], v) for k, v in out['weights'].items()) and out['same_history'], 'resumed'
+        assert out['features'] == pytest.approx(history['val_features'].tolist(), abs=1e-5), 'evaluations see whole, current weights'
+        assert out['own'] < .55 * sum(p.numel() for p in trainer.model.parameters()), 'each process holds its half'
+
+
+def test_what_cannot_be_sharded_is_refused():
+    for k in ({'ema': .9}, {'compile': True}, {'precision': 'fp16'}):
+        with pytest.raises(GKError, match='shard'): TrainConfig(epochs=1, batch_size=1, lr=1e-3, shard=True, **k)
+
+
+if __name__ == '__main__': {'train': train_worker, 'shard': shard_worker}.get(sys.argv[2] if sys.argv[2:] else '', worker)(sys.argv[1])

@@ -175,7 +175,7 @@ class GKMVLP(nn.Module, ModelHubMixin):
         text = lambda: TextEncoder(c.vocab_size, D, c.text_encoder, depth=c.text_depth, heads=c.heads, max_length=c.max_length, dropout=c.dropout, pool=c.pool, bert_config=text_config)
         self.report_encoder = text()
         self.image_proj, self.text_proj = nn.Linear(D, c.embed_dim), nn.Linear(D, c.embed_dim)
-        self.logit_scale = nn.Parameter(torch.tensor(1 / .07).log())
+        self.logit_scale = nn.Parameter(torch.tensor([1 / .07]).log())   # one element, not a scalar: sharded training cannot split a scalar
         self.image_report_encoder = ImageReportEncoder(D, c.encoder_depth, c.heads, c.dropout)
         self.report_decoder = ReportDecoder(c.vocab_size, D, c.decoder_depth, c.heads, c.max_length, c.dropout,
                                             tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -200,7 +200,7 @@ def _add_entities(self: GKMVLP, text) -> None:
     c, D = self.config, self.config.dim
     self.entity_encoder = None if c.share_text else text()
     self.entity_proj, self.entity_image_proj = nn.Linear(D, c.embed_dim), nn.Linear(D, c.embed_dim)
-    self.entity_scale, self.entity_bias = nn.Parameter(torch.tensor(1 / .07).log()), nn.Parameter(torch.zeros(len(ENTITIES)))
+    self.entity_scale, self.entity_bias = nn.Parameter(torch.tensor([1 / .07]).log()), nn.Parameter(torch.zeros(len(ENTITIES)))
     self._tokens('entity', list(ENTITY_NAMES))
 
 @patch
@@ -261,8 +261,9 @@ def ground(self: GKMVLP, v: Tensor, # [B, 1+N, D] of the image encoder
     valid = torch.ones_like(batch['region_valid']) if self.config.region_source == 'none' else batch['region_valid']
     scores = self.entity_scores(v[:, 0])
     numbers = self.choose_prompts(mode if self.config.prompted else 'none', scores, batch.get('oracle_prompts'))
+    if shuffle and mode != 'all': numbers = numbers.roll(1, 0) if len(numbers) > 1 else numbers[:, :0]   # of the study before it in the batch; a study alone gets none
     def encode(u):
-        if shuffle: u = torch.where(u < len(ENTITIES), (u + len(ENTITIES) // 2) % len(ENTITIES), u)
+        if shuffle and mode == 'all': u = torch.where(u < len(ENTITIES), (u + len(ENTITIES) // 2) % len(ENTITIES), u)
         return self.prompt_proj(self.fixed_texts('prompt', u))
     if numbers.shape[1]: p, mask = encode_unique(numbers, encode)
     else: p, mask = v.new_zeros(len(v), 0, v.shape[-1]), numbers.bool()
@@ -320,7 +321,7 @@ def forward(self: GKMVLP, batch: dict # of `gk_mvlp.training.batches.StudySet`
     out, ids, mask = {}, batch['input_ids'], batch['attention_mask']
     v, t = self.image_encoder(batch['images']), self.report_encoder(ids, mask)
     scale = self.logit_scale.exp().clamp(1, 100)
-    out['itc'], similarity = itc_loss(F.normalize(self.image_proj(v[:, 0]).float(), dim=-1), F.normalize(self.text_proj(t[:, 0]).float(), dim=-1), scale, batch['report_key'], *self.contrast(batch))
+    out['itc'], similarity = itc_loss(F.normalize(self.image_proj(v[:, 0]).float(), dim=-1), F.normalize(self.text_proj(t[:, 0]).float(), dim=-1), scale, batch['report_key'], *self.contrast(batch), gather=self.training)
     z = self.ground(v, batch, c.train_prompts if self.training else c.prompts, need_maps=c.attention_weight > 0) if c.gk else None
     m, m_mask = self.memory(v, z, batch)
     if 'itm' in w: out['itm'] = self.itm_step(t, mask.bool(), m, m_mask, similarity, batch)
@@ -334,7 +335,7 @@ def forward(self: GKMVLP, batch: dict # of `gk_mvlp.training.batches.StudySet`
     if c.gk and c.attention_weight > 0:
         out['attention'] = attention_loss(z['prompt_attention'][..., 1:], self.stated(z['prompt_numbers'], batch['relations']))
         loss = loss + c.attention_weight * out['attention']
-    return out | {'loss': loss, 'temperature': 1 / scale.detach()}
+    return out | {'loss': loss, 'temperature': 1 / scale.detach()[0]}
 
 @patch
 def stated(self: GKMVLP, numbers: Tensor, # [B, P] general prompts
@@ -362,6 +363,7 @@ def features_of(self: GKMVLP, v: Tensor, # [B, 1+N, D] of the image encoder
     base = self.image_encoder.summary(v)
     if kind == 'image': return base                              # needs no regions
     if kind == 'roi': z, ok = pool_patches(v[:, 1:], batch['region_boxes']), batch['region_valid'][..., None]
+    elif kind == 'gk_shuffled' and self.config.prompts in ('all', 'none'): raise GKError(f"features 'gk_shuffled' with model.prompts {self.config.prompts!r}", 'All studies have the same prompts then: use prompts predicted, or leave this control out.')
     elif not self.config.gk: raise GKError(f'features {kind!r} need a model with the GK module, this one has objective {self.config.objective!r}', "Use 'image' or 'roi'.")
     else:
         g = self.ground(v, batch, _MODES.get(kind, self.config.prompts), shuffle=kind == 'gk_shuffled')

@@ -45,11 +45,13 @@ def itc_loss(image: Tensor, # [B, d], unit length
              logit_scale: Tensor, # already exponentiated and clamped
              report_key: Tensor, # int [B]; equal numbers = the same text
              other: tuple[Tensor, Tensor] | None = None, # [B, d] pictures and texts that the own ones are contrasted with; None: themselves
-             queue: tuple[Tensor, Tensor, Tensor] | None = None # pictures [Q, d], texts [Q, d] and report keys [Q] that come after those
+             queue: tuple[Tensor, Tensor, Tensor] | None = None, # pictures [Q, d], texts [Q, d] and report keys [Q] that come after those
+             gather: bool = True # contrast over all processes; False where each of them sees the same batch, as in evaluations
              ) -> tuple[Tensor, Tensor]: # loss, similarity [B, B] of this process's pictures and texts
     "Symmetric image-text contrastive loss with duplicate-aware targets; computed in float32."
-    all_image, all_text, all_key = (gather_with_grad(x) for x in (*(x.float() for x in other or (image, text)), report_key))
-    first = len(image) * (dist.get_rank() if processes() > 1 else 0)
+    all_image, all_text, all_key = *(x.float() for x in other or (image, text)), report_key
+    if gather: all_image, all_text, all_key = (gather_with_grad(x) for x in (all_image, all_text, all_key))
+    first = len(image) * (dist.get_rank() if gather and processes() > 1 else 0)
     if queue: all_image, all_text, all_key = (torch.cat(x) for x in zip((all_image, all_text, all_key), queue, strict=True))
     target = report_targets(report_key, all_key)
     with torch.autocast(image.device.type, enabled=False):       # autocast would multiply in bfloat16

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ITM_GATE', 'ITC_SHARE', 'SOLVED', 'EVIDENCE', 'CLAIMS', 'LUNG_GOAL', 'TABLES', 'Gate', 'loss_gates', 'table_gates',
-           'evidence', 'Claim', 'verdict', 'shown_evidence', 'detector_lines', 'study_claims', 'report_text',
+           'evidence', 'Claim', 'verdict', 'shown_evidence', 'detector_lines', 'credit', 'study_claims', 'report_text',
            'read_tables', 'current_report', 'write_report']
 
 # %% ../../nbs/study/98_claims.ipynb #531badd6
@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..config import Preset
 from ..paths import GKError, atomic_write, read_text
-from .collect import PROTOCOLS, SHORT_NAMES
+from .collect import CONTROLS, PROTOCOLS, SHORT_NAMES
 from .launch import pretrained
 from .variants import variants
 
@@ -93,6 +93,7 @@ class Claim:
     rows: Callable[[pd.DataFrame], pd.Series]
     sign: int = 1
     needs: str = 'A preset with these comparisons.'
+    controlled: bool = False      # is a gain credited only where all controls are beaten, too?
 
 def _is(**wanted) -> Callable[[pd.DataFrame], pd.Series]:
     "Rows whose columns have these values (or one of a tuple)."
@@ -106,18 +107,34 @@ _MAIN = ('comparisons', 'task_comparisons')
 
 # %% ../../nbs/study/98_claims.ipynb #26e118d3
 CLAIMS = (
-    Claim('Pre-training on reports helps', 'Pre-trained models do better than the same network from nothing (paper: classification tables).', _is(source=_MAIN, method='gk', reference='scratch')),
-    Claim('The grounded-knowledge module helps', 'GK-MVLP does better than the same model without the GK module under the same budget (paper: all tables).', _is(source=_MAIN, method='gk', reference=('itc_itm_lm', 'itc_itm_lm_ecls', 'itc'))),
-    Claim('Regions help beyond the whole picture', 'Features of the grounded regions add to those of the whole picture, from one and the same checkpoint.', _is(source=_MAIN, method='gk', reference='gk-image_only')),
-    Claim('Grounding does more than pooling regions', 'The gain is not just that of averaging patches inside the region boxes.', _is(source=_MAIN, method='gk', reference='gk-roi_pool')),
-    Claim('The knowledge in the prompts is what helps', 'The right prompts do better than none and than the prompts of other studies (controls of every GK claim).', _is(source=_MAIN, method='gk', reference=('gk-null_prompts', 'gk-shuffled_prompts'))),
-    Claim('Prompts are grounded in the right regions', 'A region attends to the prompts of findings that are stated there, better than with a null prompt or shuffled ones, and its patches lie on the finding.', _is(source='grounding', method='gk', reference=('gk-null_prompts', 'gk-shuffled_prompts'))),
-    Claim('Entity classification helps', 'ECLS strengthens the alignment of picture and text.', _is(source='ablation', method='gk', reference=('gk-without_ecls', 'itc_itm_lm_ecls')), needs='PRESET=full: gk-without_ecls.'),
-    Claim('Local and global features are both needed', 'z_fused, regions that look at all patches again, is better than z_local alone.', _is(source='ablation', method='gk', reference='gk-local_only'), needs='PRESET=full: gk-local_only.'),
-    Claim('The gain survives errors of the detector', 'With boxes jittered, dropped or swapped, regions still add to the whole picture. Probes pool over the regions, so a swap can hardly matter to them.', lambda t: _is(source='robustness', method='gk', reference='gk-image_only')(t) & t['factor'].isin(['jitter', 'drop', 'swap']) & (t['level'] > 0)),
-    Claim('The gain grows with the redundancy of reports', 'Boilerplate in reports hurts a model without the GK module more (the motivation of the paper).', lambda t: _is(source='robustness', method='gk', reference='itc_itm_lm')(t) & (t['factor'] == 'boilerplate'), needs='PRESET=full: the sweep over boilerplate.'),
-    Claim('Grounding does not widen gaps between groups', "The gap between the best and the worst group of patients or findings is no wider than without the GK module.", lambda t: _is(source='subgroups', method='gk', reference='itc_itm_lm')(t) & t['group'].astype(str).str.endswith(', gap'), sign=-1),
-    Claim('It scales with data and size', 'More studies or a wider model keep or enlarge the gain.', _is(source='scaling', method='gk', reference='itc_itm_lm'), needs='sweeps over studies and size with itc_itm_lm among their methods.'))
+    Claim('Pre-training on reports helps', 'Pre-trained models do better than the same network from nothing (paper: classification tables).',
+          _is(source=_MAIN, method=('gk', 'itc_itm_lm'), reference='scratch')),
+    Claim('The grounded-knowledge module helps', 'GK-MVLP does better than the same model without the GK module under the same budget (paper: all tables). `itc_itm_lm` lacks ECLS as well; `itc_itm_lm_ecls` lacks the module alone.',
+          _is(source=_MAIN, method='gk', reference=('itc_itm_lm', 'itc_itm_lm_ecls')), controlled=True),
+    Claim('Regions help beyond the whole picture', 'Features of the grounded regions add to those of the whole picture, from one and the same checkpoint.',
+          _is(source=_MAIN, method='gk', reference='gk-image_only')),
+    Claim('Grounding does more than pooling regions', 'The gain is not just that of averaging patches inside the region boxes.',
+          _is(source=_MAIN, method='gk', reference='gk-roi_pool')),
+    Claim('The knowledge in the prompts is what helps', 'The right prompts do better than none and than those of another study (controls of every GK claim). The prompts are those that the model itself chooses.',
+          _is(source=_MAIN, method='gk', reference=('gk-null_prompts', 'gk-shuffled_prompts'))),
+    Claim('The model chooses the right prompts', 'Among the prompts that it chooses for a picture are more of the entities that the report states than among the most frequent entities of the training reports. Without this the claim before says little.',
+          _is(source='grounding', method='gk', reference='most_frequent')),
+    Claim('Prompts are grounded in the right regions', 'A region attends to the prompts of findings that are stated there, and its patches lie on the finding: better than with a null prompt or permuted ones, than evenly spread attention, the centre, and how often a finding is stated at a region in training.',
+          _is(source='grounding', method='gk', reference=('gk-null_prompts', 'gk-shuffled_prompts', 'uniform', 'centre', 'train_prior'))),
+    Claim('Entity classification helps', 'ECLS strengthens the alignment of picture and text: the same objective with and without it.',
+          lambda t: _is(source='ablation', method='gk', reference='gk-without_ecls')(t) | _is(source=_MAIN, method='itc_itm_lm_ecls', reference='itc_itm_lm')(t), needs='PRESET=full: gk-without_ecls and itc_itm_lm_ecls.'),
+    Claim('Local and global features are both needed', 'z_fused, regions that look at all patches again, is better than z_local alone.',
+          _is(source='ablation', method='gk', reference='gk-local_only'), needs='PRESET=full: gk-local_only.'),
+    Claim('The gain survives errors of the detector', 'With boxes jittered or dropped, regions still add to the whole picture. (Swapped regions are shown, not tested: probes pool over the regions, so a swap can hardly matter to them.)',
+          lambda t: _is(source='robustness', method='gk', reference='gk-image_only')(t) & t['factor'].isin(['jitter', 'drop']) & (t['level'] > 0)),
+    Claim('The gain grows with the redundancy of reports', 'Boilerplate in reports hurts a model without the GK module more (the motivation of the paper): the gain with most boilerplate minus the gain with none.',
+          lambda t: _is(source='robustness')(t) & t['factor'].astype(str).str.startswith('boilerplate, highest'), needs='PRESET=full: the sweep over boilerplate.'),
+    Claim('Grounding does not widen gaps between groups', 'The gap between the best and the worst group of patients or findings is no wider than without the GK module.',
+          lambda t: _is(source='subgroups', method='gk', reference='itc_itm_lm')(t) & t['group'].astype(str).str.endswith(', gap'), sign=-1),
+    Claim('The gain grows with data and size', 'The gain with most studies, or the widest model, minus the gain with fewest or the narrowest.',
+          lambda t: _is(source='scaling')(t) & t['factor'].astype(str).str.endswith('highest against lowest'), needs='Sweeps over studies and size with itc_itm_lm among their methods.'),
+    Claim('Written reports are better than copied ones', 'The fine-tuned decoder does better than copying the training report of the nearest picture by pixels.',
+          _is(source='task_comparisons', method='gk', reference='nearest_neighbour')))
 
 # %% ../../nbs/study/98_claims.ipynb #0641264f
 def verdict(rows: pd.DataFrame, sign: int = 1) -> str:
@@ -127,7 +144,7 @@ def verdict(rows: pd.DataFrame, sign: int = 1) -> str:
     sure = tested['p_holm'] < .05
     good, bad = int((sure & (sign * tested['difference'] > 0)).sum()), int((sure & (sign * tested['difference'] < 0)).sum())
     if good and bad: return f'mixed: {good} of {len(tested)} tests for it, {bad} against'
-    if bad: return f'contradicted in {bad} of {len(tested)} tests'
+    if bad: return f'contradicted: none of {len(tested)} tests for it, {bad} against'
     if good: return 'supported' + (f' in all {len(tested)} tests' if good == len(tested) else f' in part: {good} of {len(tested)} tests')
     return f'not supported: none of {len(tested)} tests'
 
@@ -159,17 +176,31 @@ def detector_lines(t: pd.DataFrame) -> list[str]:
     return out
 
 # %% ../../nbs/study/98_claims.ipynb #0cccb496
+_SAME = ['source', 'task', 'dataset', 'protocol', 'ratio', 'metric']
+
+def credit(t: pd.DataFrame, rows: pd.DataFrame # all evidence; a claim's rows
+           ) -> str:
+    "How many of the supported gains also beat every control of the method in the same task and protocol, and how many have no control there."
+    keyed = lambda f: [tuple(None if x != x else x for x in k) for k in f[_SAME].itertuples(index=False)]
+    gains = list(dict.fromkeys(keyed(rows[(rows['p_holm'] < .05) & (rows['difference'] > 0)])))
+    if not gains: return ''
+    controls = t[(t['method'] == 'gk') & t['reference'].isin(CONTROLS) & t['source'].isin(_MAIN)]
+    beaten = {}
+    for k, p, d in zip(keyed(controls), controls['p_holm'], controls['difference'], strict=True): beaten.setdefault(k, []).append(p < .05 and d > 0)
+    credited, without = sum(all(beaten[k]) for k in gains if k in beaten), sum(k not in beaten for k in gains)
+    return f'; {credited or "none"} of these {len(gains)} gains also over all controls' + (f', {without} without a control' if without else '')
+
 def study_claims(tables: dict[str, pd.DataFrame]) -> list[tuple[Claim, pd.DataFrame, str]]:
     "(claim, its rows, verdict) of every claim."
     t = evidence(tables)
     picked = [(c, t[c.rows(t)] if len(t) else t) for c in CLAIMS]
-    return [(c, r, _no_harm(verdict(r, c.sign)) if c.sign < 0 else verdict(r, c.sign)) for c, r in picked]
+    return [(c, r, _no_harm(verdict(r, c.sign)) if c.sign < 0 else verdict(r, c.sign) + (credit(t, r) if c.controlled and len(r) else '')) for c, r in picked]
 
 def report_text(p: Preset, gates: list[Gate], tables: dict[str, pd.DataFrame], name: str) -> str:
     "REPORT.md."
     found, closed = study_claims(tables), [g for g in gates if not g.holds]
     out = [f'# Results of `{name}`', '', f'{p.about} {len(p.seeds)} seed(s). For research only, not for clinical use.', '',
-           'Written by `gk_mvlp.study.claims` from the tables beside it; no sentence is typed by hand. Tests: paired bootstrap over patients and seeds, Holm-corrected within each table. All methods had the same data, epochs, learning rate and model selection on validation.', '',
+           'Written by `gk_mvlp.study.claims` from the tables beside it; no sentence is typed by hand. Tests: paired, over patients (bootstrap) and seeds (Student), Holm-corrected within each table. All methods had the same pictures, reports, epochs, learning rate and model selection on validation; `gk` also had a detector trained on true region boxes, and entity labels from the reports (ECLS), which `itc_itm_lm_ecls` had, too.', '',
            '## Did the models learn?', '']
     if gates: out += [pd.DataFrame([{'gate': g.name, 'of': g.method, 'value': f'{g.value:.3f}' if isinstance(g.value, float) else g.value, 'needed': g.needed, 'holds': 'yes' if g.holds else '**no**'} for g in gates]).to_markdown(index=False, disable_numparse=True), '']
     out += [('All gates hold.' if not closed else f'{len(closed)} of {len(gates)} gates do not hold. What follows compares models that have not fully learned: read it as a property of this small study, not of the method.') if gates else 'No gate was measured.', '',

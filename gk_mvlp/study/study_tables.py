@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SOURCES', 'MAP_ROWS', 'ORACLE_NOTE', 'NOTES', 'MODES', 'GROUNDING', 'ABOUT', 'Values', 'number', 'difference',
            'corrected', 'ProbeCell', 'load_probe_cells', 'probe_values', 'file_values', 'ablation_table',
-           'pretrain_losses', 'grounding_table', 'sweep_rows', 'robustness_table', 'scaling_table', 'pretrain_sizes',
-           'truth_masks', 'subgroup_values', 'subgroup_table', 'subgroup_files', 'shown', 'study_report', 'study_latex',
-           'StudyTables']
+           'pretrain_losses', 'grounding_table', 'growth', 'sweep_rows', 'robustness_table', 'scaling_table',
+           'pretrain_sizes', 'truth_masks', 'subgroup_values', 'subgroup_table', 'subgroup_files', 'shown',
+           'study_report', 'study_latex', 'StudyTables']
 
 # %% ../../nbs/study/95_study_tables.ipynb #21c300be
 import json
@@ -21,7 +21,7 @@ import pandas as pd
 from ..config import Preset
 from ..evaluation.metrics import UndefinedMetric
 from ..evaluation.relations import RELATION_METRICS, relation_metrics
-from ..evaluation.statistics import bootstrap_p, class_thresholds, holm, macro_weighted, patient_weights, percentile_interval, seed_interval, seed_mean, seed_picks, with_whole
+from ..evaluation.statistics import bootstrap_p, class_thresholds, holm, macro_weighted, patient_weights, percentile_interval, seed_interval, seed_mean, table_draws, with_whole
 from ..evaluation.subgroups import AGE_BANDS, ATTRIBUTES, frequency_masks, gap_and_worst, group_values, patient_masks, size_masks
 from ..evaluation.text import report_metrics
 from ..paths import GKError, read_text
@@ -55,31 +55,30 @@ def _row(v: Values, task: str) -> dict:
     out = {'task': task, 'dataset': v.dataset, 'method': v.method, 'ratio': v.ratio, 'metric': v.metric, 'mean': np.nan, 'low': np.nan, 'high': np.nan, 'seeds': len(v.seeds), 'n': v.n,
            'protocol': v.protocol, 'factor': v.factor, 'level': v.level, 'n_patients': v.n_patients}
     try:
-        out['mean'], boot = seed_mean(v.values, seed_picks(len(v.seeds), v.values.shape[1] - 1))
+        out['mean'], boot = seed_mean(v.values)
         out['low'], out['high'] = percentile_interval(boot, f'{v.method}, {v.metric}')
     except UndefinedMetric: out['note'] = 'no value' if np.isnan(out['mean']) else 'too few for an interval'
     return out | {'runs': ' '.join(v.runs)}
 
 # %% ../../nbs/study/95_study_tables.ipynb #b721eeaf
 def difference(a: Values, b: Values, test: bool = True) -> dict:
-    "a - b over the seeds both have, on the same resamples: difference with its interval and, for a headline, p; {} where one has no value."
+    "a - b over the seeds both have, on the same resamples: difference with its interval, the reference's mean over these seeds and, for a headline, p; {} where one has no value."
     if a.dataset != b.dataset or a.n != b.n: raise GKError(f'{a.method} and {b.method}: other test data ({a.n} and {b.n} items)', 'Delete runs of older data and call make paper again.')
     seeds = [s for s in a.seeds if s in b.seeds]
     if not seeds: raise GKError(f'{a.method} and {b.method} share no seed', 'Give a sweep seeds of the preset.')
     a, b = a.at(seeds), b.at(seeds)
     size = min(a.values.shape[1], b.values.shape[1])
     try:
-        picks = seed_picks(len(seeds), size - 1)
-        (x, boot_x), (y, boot_y) = seed_mean(a.values[:, :size], picks), seed_mean(b.values[:, :size], picks)
-        low, high = percentile_interval(boot_x - boot_y, f'{a.method} - {b.method}')
+        value, boot = seed_mean(a.values[:, :size] - b.values[:, :size])
+        low, high = percentile_interval(boot, f'{a.method} - {b.method}')
     except UndefinedMetric: return {}
-    return {'reference': b.method, 'difference': x - y, 'difference_low': low, 'difference_high': high} | ({'p': bootstrap_p(boot_x - boot_y)} if test else {})
+    return {'reference': b.method, 'reference_mean': float(b.values[:, 0].mean()), 'difference': value, 'difference_low': low, 'difference_high': high} | ({'p': bootstrap_p(boot)} if test else {})
 
 def corrected(rows: Iterable[dict]) -> pd.DataFrame:
     "The table with p_holm over all its tests, and a verdict where it is below .05; empty without rows."
     t = pd.DataFrame(list(rows))
     if not len(t): return t
-    for c in ('reference', 'difference', 'difference_low', 'difference_high', 'p', 'note'):
+    for c in ('reference', 'reference_mean', 'difference', 'difference_low', 'difference_high', 'p', 'note'):
         if c not in t: t[c] = np.nan
     tested = t['p'].notna()
     t['p_holm'] = np.nan
@@ -122,7 +121,7 @@ def _probe_cell(key: tuple, v: list) -> ProbeCell:
                      np.stack([x[5] for x in v]), tuple(first.columns), factor, level)
 
 # %% ../../nbs/study/95_study_tables.ipynb #0b9f3d63
-def probe_values(cells: Sequence[ProbeCell], n_boot: int = 2500) -> list[Values]: # 1000 resamples give no p below .002: too coarse to correct for 30 tests
+def probe_values(cells: Sequence[ProbeCell], n_boot: int = 1000) -> list[Values]:
     "Macro AUROC of every cell."
     out, weights = [], {}
     for c in cells:
@@ -156,13 +155,29 @@ def _reports(f: pd.DataFrame, n_boot: int) -> Iterable[tuple]:
     v = report_metrics(f, with_whole(patient_weights(f['subject_id'], n_boot)), meteor=False)
     yield f['method'].iloc[0], 'pretrained', {k: v[k] for k in ('clinical_f1', 'bleu_4')}, len(f), f['subject_id'].nunique()
 
+def _prompts(r: Path, method: str, top_k: int, n_boot: int) -> Iterable[tuple]:
+    "Share of the entities that reports state among the `top_k` that the model chooses as prompts, beside the most frequent ones of the training split."
+    f = pd.read_parquet(r/'predictions.parquet')
+    f = f[(f['protocol'] == 'ecls') & (f['split'] == 'test')].astype({'label': object})
+    rate = pd.read_parquet(r/'prevalence.parquet').set_index('label')['prevalence']
+    if not len(f): return
+    y, score = _wide(f)
+    stated, who = (y == 1).to_numpy(), f.drop_duplicates('study_id').set_index('study_id')['subject_id'].loc[y.index]
+    if not stated.any(): return
+    w = with_whole(patient_weights(who, n_boot))
+    for name, s in ((method, score.to_numpy()), ('most_frequent', np.tile(rate.reindex(y.columns).fillna(0).to_numpy(), (len(y), 1)))):
+        chosen = np.zeros_like(stated)
+        np.put_along_axis(chosen, np.argsort(-s, 1, kind='stable')[:, :top_k], True, 1)
+        total = w @ stated.sum(1)
+        yield name, 'prompts', {'prompt_recall': np.divide(w @ (stated & chosen).sum(1), total, out=np.full(len(w), np.nan), where=total > 0)}, len(y), who.nunique()
+
 def file_values(folders: Sequence[Path], base: Path, n_boot: int = 1000) -> list[Values]:
-    "Grounding of relations and maps, and the reports of the decoder as pre-trained."
+    "Grounding of relations and maps, whether the right prompts are chosen, and the reports of the decoder as pre-trained."
     parts: dict[tuple, list] = {}
     for r in folders:
         s = json.loads(read_text(r/'config.json'))['settings']
         read = {k: pd.read_parquet(r/f'{k}.parquet') for k in ('relations', 'maps', 'reports') if (r/f'{k}.parquet').is_file()}
-        found = [*(_relations(read['relations'], s['method'], n_boot) if 'relations' in read else ()), *(_maps(read['maps'], n_boot) if 'maps' in read else ()), *(_reports(read['reports'], n_boot) if 'reports' in read else ())]
+        found = [*(_relations(read['relations'], s['method'], n_boot) if 'relations' in read else ()), *(_maps(read['maps'], n_boot) if 'maps' in read else ()), *(_reports(read['reports'], n_boot) if 'reports' in read else ()), *_prompts(r, s['method'], s['model'].get('top_k', 4), n_boot)]
         for name, protocol, values, n, patients in found:
             for metric, v in values.items(): parts.setdefault((s['dataset'], name, protocol, None, '', None, metric), {})[s['seed']] = (str(r.relative_to(base)), v, n, patients)
     out = []
@@ -211,15 +226,15 @@ def pretrain_losses(folder: Path, p: Preset, methods: Sequence[str]) -> dict[str
     return out
 
 # %% ../../nbs/study/95_study_tables.ipynb #b2899931
-GROUNDING = {'grounding_auroc': True, 'grounding_auroc_pooled': False, 'grounding_pointing': True, 'pointing': True, 'cnr': True, 'iou': False, 'dice': False} # metric: is it tested?
+GROUNDING = {'prompt_recall': True, 'grounding_auroc': True, 'grounding_auroc_pooled': False, 'grounding_pointing': True, 'pointing': True, 'cnr': True, 'iou': False, 'dice': False} # metric: is it tested?
 
 def grounding_table(values: Sequence[Values], p: Preset, method: str = 'gk') -> pd.DataFrame:
     "Region-prompt attention and patch maps of the method and its controls; ablations and other methods in rows below, untested."
     skip = {m for m, v in variants(p).items() if v.table != 'ablation'}
-    maps, controls, rows = ('pointing', 'cnr', 'iou', 'dice'), {f'{method}-null_prompts', f'{method}-shuffled_prompts', 'uniform', 'centre', 'train_prior'}, []
+    maps, controls, rows = ('pointing', 'cnr', 'iou', 'dice'), {f'{method}-null_prompts', f'{method}-shuffled_prompts', 'uniform', 'centre', 'train_prior', 'most_frequent'}, []
     at = _index(values)
     for v in sorted((v for v in values if v.metric in GROUNDING and v.method not in skip), key=lambda v: (list(GROUNDING).index(v.metric), v.method != method, v.method not in controls, v.method, v.protocol)):
-        own = 'attention' if v.metric in maps else 'region_prompt_attention'
+        own = 'attention' if v.metric in maps else 'prompts' if v.metric == 'prompt_recall' else 'region_prompt_attention'
         ref = at.get((v.dataset, method, own, *v.key[3:]))
         control = v.method in controls or (v.method == method and v.protocol != own)
         rows.append(_row(v, 'grounding') | (difference(v, ref, GROUNDING[v.metric] and control) if ref is not None and (v.method, v.protocol) != (method, own) else {}))
@@ -234,6 +249,19 @@ def _swept(values: Sequence[Values], p: Preset, table: str) -> list[Values]:
         if (x := vs.get(v.method)) and x.table == table: out.append(replace(v, method=x.base, factor=x.factor, level=x.level))
         out += [replace(v, factor=f, level=float(s.base)) for f, s in sweeps(p).items() if s.table == table and v.method in s.methods]
     return out
+
+def growth(values: Sequence[Values], p: Preset, table: str, reference: str = 'itc_itm_lm', method: str = 'gk') -> list[dict]:
+    "For each sweep where both were swept: how much larger the method's gain over the reference is at the highest level than at the lowest, over the same patients and seeds."
+    at, rows, top = _index(_swept(values, p, table)), [], max(p.ratios)
+    for d, factor in dict.fromkeys((v.dataset, v.factor) for v in at.values()):
+        levels = sorted({v.level for v in at.values() if v.factor == factor and v.dataset == d})
+        ends = [[at.get((d, m, 'linear_probe', top, factor, x, 'auroc')) for m in (method, reference)] for x in (levels[0], levels[-1])]
+        if len(levels) < 2 or None in sum(ends, []): continue
+        seeds = [s for s in ends[0][0].seeds if all(s in v.seeds for v in sum(ends, []))]
+        if not seeds or len({v.n for v in sum(ends, [])}) > 1: continue
+        low, high = (replace(a, values=a.at(seeds).values - b.at(seeds).values, seeds=tuple(seeds), runs=(*a.at(seeds).runs, *b.at(seeds).runs), method=f'{method} - {reference}') for a, b in ends)
+        rows.append(_row(replace(high, factor=f'{factor}, highest against lowest', level=None), table) | difference(high, low) | {'reference': f'the same at {levels[0]:g}', 'note': f'growth of the gain from {levels[0]:g} to {levels[-1]:g}'})
+    return rows
 
 def sweep_rows(values: Sequence[Values], p: Preset, table: str, reference: str = 'itc_itm_lm', method: str = 'gk') -> list[dict]:
     "Rows of a table's sweeps; at each level the method minus the reference, where both were swept."
@@ -253,15 +281,16 @@ def robustness_table(values: Sequence[Values], p: Preset, method: str = 'gk') ->
     for v in sorted([*noisy, *clean], key=lambda v: (v.dataset, v.factor, v.method, v.level)):
         base = v.method.split('-')[0]
         ref = at.get((v.dataset, f'{base}-image_only', v.protocol, top, '', None, 'auroc'))
-        rows.append(_row(v, 'robustness') | (difference(v, ref, v.method == method) if ref is not None else {}))
-    return corrected([*rows, *sweep_rows(values, p, 'robustness')])
+        test = v.method == method and v.factor in ('jitter', 'drop') and (v.level > 0 or v.factor == 'drop')   # the clean row once; a swap cannot matter to what pools over regions
+        rows.append(_row(v, 'robustness') | (difference(v, ref, test) if ref is not None else {}))
+    return corrected([*rows, *sweep_rows(values, p, 'robustness'), *growth(values, p, 'robustness')])
 
 # %% ../../nbs/study/95_study_tables.ipynb #f570d332
 def scaling_table(values: Sequence[Values], p: Preset, sizes: dict[str, dict]) -> pd.DataFrame: # of `pretrain_sizes`
     "The sweeps of this table, with the number of pre-training studies and of weights at each level."
     rows, names = [], {(v.base, v.factor, v.level): m for m, v in variants(p).items()}
     for r in sweep_rows(values, p, 'scaling'): rows.append(r | sizes.get(names.get((r['method'], r['factor'], r['level']), r['method']), {}))
-    return corrected(rows)
+    return corrected([*rows, *growth(values, p, 'scaling')])
 
 def pretrain_sizes(folder: Path, methods: Sequence[str]) -> dict[str, dict]:
     "{method: studies and weights of its pre-training}, from the first seed."
@@ -280,7 +309,7 @@ def truth_masks(cell: Cell, groups: pd.DataFrame, areas: pd.DataFrame, prevalenc
     out = {a: patient_masks(cell.y, g[a], least) for a in ATTRIBUTES} | {'frequency of the finding': frequency_masks(cell.y, prevalence, least), 'size of the finding': size_masks(cell.y, area, median, least)}
     return {a: m for a, m in out.items() if m[0]}
 
-def subgroup_values(cell: Cell, masks: dict, n_boot: int = 2500) -> list[tuple[str, str, int, Values]]:
+def subgroup_values(cell: Cell, masks: dict, n_boot: int = 1000) -> list[tuple[str, str, int, Values]]:
     "(attribute, group, classes, values): every group, 'gap' and 'worst'."
     w, out = with_whole(patient_weights(cell.patients, n_boot)), []
     for attribute, (m, classes) in masks.items():
@@ -303,7 +332,7 @@ def _others(at: dict, attribute: str, group: str, key: tuple) -> Values | None:
 
 # %% ../../nbs/study/95_study_tables.ipynb #d6e4b712
 def subgroup_table(cells: Sequence[Cell], files: dict[str, tuple], # data set: (groups, areas, prevalence [C], test ids)
-                   p: Preset, method: str = 'gk', reference: str = 'itc_itm_lm', n_boot: int = 2500, least: int = 5) -> pd.DataFrame:
+                   p: Preset, method: str = 'gk', reference: str = 'itc_itm_lm', n_boot: int = 1000, least: int = 5) -> pd.DataFrame:
     "Groups, gap and worst group of each method, attribute and metric; cells of sweeps are named by factor and level."
     found, vs = [], variants(p)
     for c in cells:
@@ -362,11 +391,11 @@ def study_latex(table: pd.DataFrame, name: str) -> str:
 # %% ../../nbs/study/95_study_tables.ipynb #60f27e46
 class StudyTables:
     "Makes the tables of a preset from its finished runs; `sources` says which runs each is made of."
-    def __init__(self, p: Preset, runs: Path, tables: Path, n_boot: int = 2500, least: int = 5):
-        self.p, self.runs, self.tables, self.n_boot, self.least, self.sources = p, Path(runs), Path(tables), n_boot, least, {}
+    def __init__(self, p: Preset, runs: Path, tables: Path, n_boot: int = 0, least: int = 5): # 0: `table_draws`
+        self.p, self.runs, self.tables, self.n_boot, self.least, self.sources = p, Path(runs), Path(tables), n_boot or table_draws(len(p.seeds)), least, {}
         self.folders = [self.runs/'probing'/j for j in probing_jobs(p)]
         self.cells = load_probe_cells(self.folders, self.runs)
-        self.values = probe_values(self.cells, n_boot) + file_values(self.folders, self.runs)
+        self.values = probe_values(self.cells, self.n_boot) + file_values(self.folders, self.runs, self.n_boot)
         self.methods = list(dict.fromkeys([*(m for m in p.methods if pretrained(m)), *variants(p)]))
 
     def subgroups(self) -> pd.DataFrame:

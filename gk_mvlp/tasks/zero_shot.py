@@ -65,7 +65,7 @@ def itc_scores(model: GKMVLP, data: StudySet, labels: Sequence[str], prompt_sets
     e, scale = prompt_embeddings(model, labels, prompt_sets), model.logit_scale.exp().clamp(1, 100)
     def step(b):
         v = F.normalize(model.image_proj(model.image_encoder(b['images'])[:, 0]).float(), dim=-1)
-        return torch.sigmoid(scale * (v @ e[0].T - v @ e[1].T))
+        return torch.sigmoid((scale * (v @ e[0].T - v @ e[1].T)).double())   # float32 is 1 from 17 on, and equal scores have no order
     return run_batches(data, step, device=model.logit_scale.device).numpy()
 
 def _entities(labels: Sequence[str]) -> list[int]:
