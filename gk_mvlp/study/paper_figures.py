@@ -74,7 +74,7 @@ def losses(self: FigureJob) -> plt.Figure:
                      errorbar=('pi', 100), palette=METHOD_COLOURS, ax=ax, legend=k == keys[-1])
         if chance := chance_value(k, found):
             ax.axhline(chance[0], color='grey', ls=':', lw=1)
-            ax.text(.99, chance[0], f'{chance[1]}: {chance[0]:.3f}', transform=ax.get_yaxis_transform(), ha='right', va='bottom', fontsize=7, color='dimgrey')
+            ax.text(.99, chance[0], f'{chance[1]}: {chance[0]:.4g}', transform=ax.get_yaxis_transform(), ha='right', va='bottom', fontsize=7, color='dimgrey')
         ax.set(title=k if k == 'local' else k.upper(), ylabel='loss' if k == keys[0] else '')
         ax.margins(y=.12); ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     sns.move_legend(axes[0, -1], 'center left', bbox_to_anchor=(1, .5), frameon=False, fontsize=7)
