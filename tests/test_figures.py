@@ -86,7 +86,7 @@ def test_losses_lie_beside_what_a_model_that_knows_nothing_has(tmp_path):
     fig = FigureJob(P, '', tmp_path, tmp_path/'figures').losses()
     itm, ecls = fig.axes
     dotted = lambda ax: [float(x.get_ydata()[0]) for x in ax.lines if x.get_linestyle() == ':']
-    assert dotted(itm) == [.6365] and dotted(ecls) == [2.] and itm.texts[0].get_text() == 'prior: 0.6365' and ecls.texts[0].get_text() == 'untrained: 2'
+    assert dotted(itm) == [.6365] and dotted(ecls) == [2.] and itm.get_title() == 'ITM\ndotted: prior, 0.6365' and ecls.get_title() == 'ECLS\ndotted: untrained, 2'
     fig.canvas.draw()
     assert all(float(t) == int(t) for t in itm.get_xticks())
 
@@ -116,7 +116,7 @@ def test_grounding_frames_what_is_stated_on_a_fixed_scale(said):
     assert heat.collections[0].get_clim() == (-2, 2), 'small differences do not fill the scale'
     assert [p.get_xy() for p in heat.patches] == ([(1 + ENTITY_NAMES.index('nodule'), 4)] if said else [])
     titles = ' '.join(a.get_title() for a in fig.axes)
-    assert (f'stated: nodule\nin {REGIONS[5]}' in titles and f'patches of {REGIONS[3]}, which asks most' in titles and 'is 2. of 28' in titles) == said
+    assert (f'stated: nodule\nin {REGIONS[5]}' in titles and f'patches of {REGIONS[3]}, which asks most' in titles and 'has rank 2 of 28' in titles) == said
     assert len([a for a in fig.axes if a.images]) == (4 if said else 2)
 
 

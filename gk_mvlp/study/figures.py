@@ -130,7 +130,7 @@ def plot_grounding(model: GKMVLP, batch: dict, # of one study
     _look(axes[columns], image, patch[own], boxes[own], box, f'patches that\n{REGIONS[own]} attends to')
     if pair is not None:
         _look(axes[1], image, None, boxes[own], box, f'stated: {pair[1]}\nin {pair[0]}')
-        _look(axes[3], image, patch[top], boxes[top], box, f'patches of {REGIONS[top]}, which asks most\nfor {pair[1]}; the stated region is {rank}. of {len(at)}')
+        _look(axes[3], image, patch[top], boxes[top], box, f'patches of {REGIONS[top]}, which asks most\nfor {pair[1]}; the stated region has rank {rank} of {len(at)}')
     fig.suptitle(title, fontsize=9)
     return fig
 
@@ -184,7 +184,7 @@ def plot_reliability(frames: dict[str, list[pd.DataFrame]], # method: one frame 
     ax.plot([least, 1], [least, 1], color='grey', ls=':', lw=.8)
     ax.set(xscale='log', yscale='log', xlabel='predicted probability', ylabel='share of positives', title=title, aspect='equal', xlim=(least / 1.3, 1.1), ylim=(least / 1.3, 1.1))
     for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter('{x:g}')
-    ax.legend(fontsize=6.5, frameon=False, loc='upper left', title='calibration error,\nmean over findings and seeds', title_fontsize=6.5)
+    ax.legend(fontsize=6.5, frameon=False, loc='lower right', title='calibration error,\nmean over findings and seeds', title_fontsize=6.5)
     sns.despine(ax=ax)
     return ax
 

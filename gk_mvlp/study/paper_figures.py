@@ -22,6 +22,7 @@ from ..config import Preset
 from ..evaluation.grounding import finding_boxes
 from ..models.gk_mvlp import GKMVLP
 from ..paths import GKError, read_text
+from .collect import PROTOCOLS
 from .experiments import LOSSES, cache_dir, detect, load_detector, load_studies
 from .figures import METHOD_COLOURS, plot_grounding, plot_low_data, plot_regions, plot_reliability, plot_roc, save_figure
 from .launch import pretrained
@@ -72,11 +73,12 @@ def losses(self: FigureJob) -> plt.Figure:
     for ax, k in zip(axes[0], keys, strict=True):
         sns.lineplot(d[d['loss'] == k], x='epoch', y='value', hue='method', hue_order=self.objectives(), style='split', style_order=['validation', 'training'],
                      errorbar=('pi', 100), palette=METHOD_COLOURS, ax=ax, legend=k == keys[-1])
+        title = k if k == 'local' else k.upper()
         if chance := chance_value(k, found):
             ax.axhline(chance[0], color='grey', ls=':', lw=1)
-            ax.text(.99, chance[0], f'{chance[1]}: {chance[0]:.4g}', transform=ax.get_yaxis_transform(), ha='right', va='bottom', fontsize=7, color='dimgrey')
-        ax.set(title=k if k == 'local' else k.upper(), ylabel='loss' if k == keys[0] else '')
-        ax.margins(y=.12); ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            title += f'\ndotted: {chance[1]}, {chance[0]:.4g}'
+        ax.set(ylabel='loss' if k == keys[0] else ''); ax.set_title(title, fontsize=9)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     sns.move_legend(axes[0, -1], 'center left', bbox_to_anchor=(1, .5), frameon=False, fontsize=7)
     sns.despine(fig); fig.tight_layout()
     return self._save(fig, 'losses', used)
@@ -116,7 +118,7 @@ def low_data(self: FigureJob) -> plt.Figure:
     t = t[t['method'].isin(MAIN) & (t['metric'] == 'auroc')]
     panels = [(d, p) for d in self.preset.classification for p in ('linear_probe', 'finetune')]
     fig, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), squeeze=False, sharey=True)
-    for ax, (d, p) in zip(axes[0], panels, strict=True): plot_low_data(t[(t['dataset'] == d) & (t['protocol'] == p)], f'{d}, {p.replace("_", " ")}', ax)
+    for ax, (d, p) in zip(axes[0], panels, strict=True): plot_low_data(t[(t['dataset'] == d) & (t['protocol'] == p)], f'{d}, {PROTOCOLS[p]}', ax)
     fig.tight_layout()
     return self._save(fig, 'low_data', ' '.join(t['runs']).split())
 
