@@ -106,13 +106,13 @@ rule study:
     shell: RUN
 
 rule figures:
-    input: rules.tables.output, nb="nbs/paper/91_figures.ipynb", lib=stage_sources("paper")
+    input: rules.tables.output, rules.study.output if P.probing else [], nb="nbs/paper/91_figures.ipynb", lib=stage_sources("paper")
     output: f"{RUNS}/figures/metrics.json"
     params: label="figures", p=given(runs=RUNS, results=RESULTS)
     shell: RUN
 
 rule report:
-    input: rules.tables.output, rules.task_tables.output if P.tasks else [], rules.study.output if P.probing else [], nb="nbs/paper/93_report.ipynb", lib=stage_sources("paper")
+    input: rules.tables.output, rules.figures.output, rules.task_tables.output if P.tasks else [], rules.study.output if P.probing else [], nb="nbs/paper/93_report.ipynb", lib=stage_sources("paper")
     output: f"{RUNS}/report/metrics.json"
     params: label="report", p=given(runs=RUNS, results=RESULTS)
     shell: RUN

@@ -19,6 +19,8 @@ from mkdocs.config import load_config
 from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import Preprocessor
 
+from gk_mvlp.study.report_parts import section
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS, PRESETS = ROOT/'nbs', ('full', 'mini', 'public')
 SECTIONS = {'tutorials': 'Tutorial', '': 'Foundations', 'data': 'Data', 'models': 'Model', 'training': 'Training', 'tasks': 'Tasks', 'evaluation': 'Evaluation', 'study': 'Study engine', 'apps': 'Using a model',
@@ -126,7 +128,8 @@ def write_results(out: Path) -> tuple[list[dict], str]:
         if (source/'manifest.json').is_file():
             runs = json.loads((source/'manifest.json').read_text(encoding='utf-8'))['runs']
             lines += [f'{len(runs)} runs, {sum(r["seconds"] or 0 for r in runs.values()) / 60:.0f} minutes of run time together. Every file below is tied to its runs by `paper_results/{preset}/manifest.json`.', '']
-        if (source/'REPORT.md').is_file(): lines += [re.sub(r'^# .*\n', '', (source/'REPORT.md').read_text(encoding='utf-8')).strip(), '']
+        report = (source/'REPORT.md').read_text(encoding='utf-8') if (source/'REPORT.md').is_file() else ''
+        if report: lines += [re.sub(r'^# .*\n', '', report).replace('](figures/', f']({preset}-').strip(), '']
         pictures = []
         for f in sorted((source/'figures').glob('*.png')):
             name = f'{preset}-{f.name}'
@@ -136,12 +139,12 @@ def write_results(out: Path) -> tuple[list[dict], str]:
             lines += [f'## {t.stem.replace("_", " ").capitalize()}', '', '<div class="jp" markdown>', '']
             text = t.with_suffix('.md')
             lines += [re.sub(r'^#+ ', '### ', text.read_text(encoding='utf-8'), flags=re.MULTILINE) if text.is_file() else pd.read_csv(t).to_markdown(index=False, floatfmt='.3f'), '', '</div>', '']
-        for what, name in pictures: lines += [f'## Figure: {what}', '', f'![{what}]({name})', '']
+        shown = {f'{preset}-{f}' for f in re.findall(r'\]\(figures/(\S+?)\)', report)}
+        for what, name in [x for x in pictures if x[1] not in shown]: lines += [f'## Figure: {what}', '', f'![{what}]({name})', '']
         (out/'results'/f'{preset}.md').write_text('\n'.join(lines), encoding='utf-8')
         nav.append({f'Study {preset}': f'results/{preset}.md'})
         if not front and pictures:
-            report = (source/'REPORT.md').read_text(encoding='utf-8') if (source/'REPORT.md').is_file() else ''
-            short = [report.split('## Did the models learn?')[1].split('## In short')[0].strip().splitlines()[-1], '', report.split('## In short')[1].split('\n## ')[0].strip(), ''] if '## In short' in report else []
+            short = [section(report, 'Did the models learn?').splitlines()[-1], '', section(report, 'In short'), ''] if report else []
             front = '\n'.join([f'From [study {preset}](results/{preset}.md):', '', *short, *(f'![{w}](results/{n})' for w, n in pictures if w in ('low data', 'grounding', 'regions'))])
     published = pd.read_csv(ROOT/'paper_results'/'published'/'classification.csv')
     (out/'results').mkdir(exist_ok=True)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from gk_mvlp.study.report_parts import section
+
 ROOT = Path(__file__).resolve().parents[1]
 START, END = '<!-- results: written by scripts/update_readme.py -->', '<!-- end of results -->'
 METHODS = ('constant', 'pixels', 'scratch', 'itc_itm_lm', 'itc_itm_lm_ecls', 'gk', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts')
@@ -27,8 +29,7 @@ def study(folder: Path) -> list[str]:
     out += [f'Linear probe, AUROC, mean and 95 % interval over patients and {int(table["seeds"].max())} seed(s). {n}.', '',
             wide.loc[[m for m in METHODS if m in wide.index]].to_markdown(), '']
     report = (folder/'REPORT.md').read_text(encoding='utf-8')
-    gates, short = report.split('## Did the models learn?')[1].split('## In short')
-    out += [f'[Report]({folder.relative_to(ROOT)}/REPORT.md). ' + gates.strip().splitlines()[-1], '', short.split('## The detector')[0].strip(), '']
+    out += [f'[Report]({folder.relative_to(ROOT)}/REPORT.md). ' + section(report, 'Did the models learn?').splitlines()[-1], '', section(report, 'In short'), '']
     detector = pd.read_csv(folder/'tables/detector.csv')
     for metric, what in (('region_iou', 'on held-out phantoms, mean IoU of the 29 regions'), ('lung_iou', 'on real X-rays, mean IoU of the lungs')):
         d = detector[detector['metric'] == metric].set_index('method')

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,9 @@ from gk_mvlp.config import load_preset
 from gk_mvlp.evaluation.metrics import auroc
 from gk_mvlp.paths import GKError
 from gk_mvlp.study import collect
+from gk_mvlp.study.figures import mean_calibration_error
 from gk_mvlp.study.launch import classification_jobs, task_jobs
+from gk_mvlp.study.report_parts import NOTE
 
 BIN = Path(sys.executable).parent
 
@@ -128,6 +131,31 @@ def test_the_report_reads_gates_before_comparisons(study):
     good, bad = ((own['p_holm'] < .05) & (own['difference'] > 0)).sum(), ((own['p_holm'] < .05) & (own['difference'] < 0)).sum()
     want = 'mixed' if good and bad else 'contradicted' if bad else 'supported in' if good else 'not supported'
     assert f'| {want}' in said, said
+
+
+def test_the_report_shows_every_figure_once(study):
+    results = study[0]/'paper_results/smoke'
+    text = (results/'REPORT.md').read_text()
+    assert sorted(re.findall(r'\]\(figures/(\w+)\.png\)', text)) == sorted(f.stem for f in (results/'figures').glob('*.png')) and text.count(NOTE) == 1
+    assert 'Further figures' not in text and text.index('figures/losses.png') < text.index('## In short')
+
+
+def test_the_legend_of_reliability_is_the_calibration_error_of_the_table(study):
+    out, _ = study
+    t = pd.read_csv(out/'paper_results/smoke/tables/classification.csv').query("metric == 'ece' and protocol == 'linear_probe' and ratio == 100").set_index('method')['mean']
+    for m in ('pixels', 'gk'):
+        f = pd.read_parquet(out/f'runs/smoke/classification/phantom-{m}-r100-s0/predictions.parquet')
+        f = f[(f['split'] == 'test') & (f['method'] == m) & (f['protocol'] == 'linear_probe')]
+        assert np.isclose(mean_calibration_error([f]), t[m], atol=1e-5), m
+
+
+def test_metrics_of_a_pretraining(study):
+    "What an untrained model should have, and how many weights were trained."
+    run = study[0]/'runs/smoke/pretrain/gk-s0'
+    m = json.loads((run/'metrics.json').read_text())
+    assert {f'{k}_expected' for k in ('itc', 'itm', 'lm', 'ecls')} <= set(m) and abs(m['itm_expected'] - .6365) < 1e-3
+    kept = sum(v.numel() for v in load_file(run/'model/model.safetensors').values())
+    assert .5 * kept < m['parameters'] <= kept
 
 
 def verified(out):

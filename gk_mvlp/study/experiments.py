@@ -181,10 +181,11 @@ def health_table(health: dict) -> pd.DataFrame:
     "The health report as a table: expected and seen value of an untrained model on validation, the best validation value, the verdict."
     return pd.DataFrame(health).T.rename_axis('loss')
 
-def pretrain_metrics(history: pd.DataFrame, health: dict, train: StudySet, val: StudySet) -> dict:
-    "Flat metrics of a pre-training."
-    out = {f'{k}_{f}': v[f] for k, v in health.items() for f in ('start', 'end', 'verdict')}
-    return out | {'epochs': int(history['epoch'].max()), 'images_per_s': float(history['images_per_s'].median()), 'n_train': len(train), 'n_val': len(val)}
+def pretrain_metrics(history: pd.DataFrame, health: dict, train: StudySet, val: StudySet, model: GKMVLP) -> dict:
+    "Flat metrics of a pre-training: losses (`<loss>_expected` is the value of a model that knows nothing), speed, `parameters` = number of trained weights."
+    out = {f'{k}_{f}': v[f] for k, v in health.items() for f in ('start', 'end', 'verdict')} | {f'{k}_expected': v['expected_start'] for k, v in health.items()}
+    trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
+    return out | {'epochs': int(history['epoch'].max()), 'images_per_s': float(history['images_per_s'].median()), 'n_train': len(train), 'n_val': len(val), 'parameters': trained}
 
 # %% ../../nbs/study/61_experiments.ipynb #97ec5e8f
 def plot_history(history: pd.DataFrame, health: dict) -> plt.Figure:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'GROUP_COLOURS', 'save_figure', 'show_picture', 'draw_boxes', 'region_colours', 'plot_regions',
-           'prompt_attention', 'plot_grounding', 'macro_roc', 'plot_roc', 'plot_reliability', 'plot_low_data']
+           'prompt_attention', 'log_attention', 'stated_pair', 'plot_grounding', 'macro_roc', 'plot_roc',
+           'mean_calibration_error', 'plot_reliability', 'plot_low_data']
 
 # %% ../../nbs/study/65_figures.ipynb #b5e82c70
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ import torch
 from matplotlib.patches import Rectangle
 from sklearn.metrics import roc_curve
 
-from ..data.anatomy import REGION_GROUPS, REGIONS
-from ..data.knowledge import ENTITY_NAMES
+from ..data.anatomy import REGION_GROUPS, REGION_INDEX, REGIONS
+from ..data.knowledge import ENTITY_INDEX, ENTITY_NAMES
 from ..evaluation.metrics import calibration_bins, ece
 from ..models.gk_mvlp import GKMVLP
 from ..paths import atomic_write
@@ -75,25 +76,62 @@ def prompt_attention(model: GKMVLP, batch: dict) -> dict[str, np.ndarray]:
     z = model.ground(model.image_encoder(batch['images']), batch, 'all', need_maps=True)
     return {'prompt': z['prompt_attention'].mean(1).numpy(), 'patch': z['patch_attention'].mean(1).numpy(), 'entity_scores': z['entity_scores'].numpy()}
 
-def plot_grounding(model: GKMVLP, batch: dict, image: np.ndarray, # one picture, uint8 [S, S]
-                   i: int = 0, region: str | None = None, title: str = '') -> plt.Figure:
-    "A picture with its regions, the region x prompt attention, and the patch attention of one region (default: the one furthest from the mean region)."
-    a = prompt_attention(model, batch)
-    p, v = a['prompt'][i], batch['region_valid'][i].numpy()
-    boxes, size = batch['region_boxes'][i].numpy(), image.shape[-1]
-    if region is None: region = REGIONS[int(np.where(v, np.abs(p - p[v].mean(0)).sum(1), -1).argmax())]
-    r = REGIONS.index(region)
-    fig, (ax0, ax1, ax2) = plt.subplots(1, 3, figsize=(12, 5.2), gridspec_kw={'width_ratios': [1, 1.6, 1]})
-    show_picture(ax0, image, title or 'predicted regions')
-    draw_boxes(ax0, boxes[v], size, [c for c, ok in zip(region_colours(), v, strict=True) if ok])
-    shown = pd.DataFrame(p, index=REGIONS, columns=['(null)', *ENTITY_NAMES])[v]
-    sns.heatmap(shown, ax=ax1, cmap='viridis', cbar_kws={'label': 'attention'}, xticklabels=True, yticklabels=True)
-    ax1.tick_params(labelsize=6); ax1.set_title('region asks prompt', fontsize=8)
-    g = int(a['patch'].shape[-1] ** .5)
-    show_picture(ax2, image, f'patches that "{region}" attends to')
-    ax2.imshow(a['patch'][i, r].reshape(g, g), cmap='magma', alpha=.5, extent=(-.5, size - .5, size - .5, -.5), interpolation='bilinear')
-    draw_boxes(ax2, boxes[[r]], size, 'cyan')
-    fig.tight_layout()
+def log_attention(prompt: np.ndarray) -> np.ndarray: # [..., P]
+    "log2 of attention times the number of prompts: 0 where all prompts have the same."
+    return np.log2(np.maximum(prompt * prompt.shape[-1], 2.**-10))
+
+def stated_pair(stated: Sequence[tuple[str, str]], # (region, entity) pairs that a report states
+                boxes: np.ndarray, valid: np.ndarray, # [29, 4], [29] regions found
+                findings: dict[str, np.ndarray]) -> tuple[str, str] | None:
+    "The pair to show: of the first stated finding that has a box, its smallest region; None where no such finding has a region."
+    area = lambda r: float(np.prod(boxes[REGION_INDEX[r], 2:] - boxes[REGION_INDEX[r], :2]))
+    entity = next((e for r, e in stated if e in findings and valid[REGION_INDEX[r]]), None)
+    return None if entity is None else min(((r, e) for r, e in stated if e == entity and valid[REGION_INDEX[r]]), key=lambda k: area(k[0]))
+
+# %% ../../nbs/study/65_figures.ipynb #a3072f52
+def _ask(ax: plt.Axes, x: np.ndarray, valid: np.ndarray, stated: Sequence[tuple[str, str]], limit: float = 2.) -> None: # [29, 1+E] of `log_attention`
+    shown = pd.DataFrame(x, index=REGIONS, columns=['(null)', *ENTITY_NAMES])[valid]
+    sns.heatmap(shown, ax=ax, cmap='RdBu_r', vmin=-limit, vmax=limit, xticklabels=True, yticklabels=True,
+                cbar_kws={'label': r'$\log_2$ (attention x number of prompts)', 'extend': 'both', 'shrink': .6})
+    for r, e in stated:
+        if r in shown.index: ax.add_patch(Rectangle((shown.columns.get_loc(e), shown.index.get_loc(r)), 1, 1, fill=False, ec='black', lw=1.3, clip_on=False))
+    ax.tick_params(labelsize=6); ax.set_title('region asks prompt; framed: stated in the report', fontsize=8)
+
+def _look(ax: plt.Axes, image: np.ndarray, patch: np.ndarray | None, box: np.ndarray, finding: np.ndarray, title: str) -> None: # [S, S], [N], [4], [K, 4]
+    size = image.shape[-1]
+    show_picture(ax, image, title)
+    if patch is not None:
+        g = int(len(patch) ** .5)
+        ax.imshow(patch.reshape(g, g), cmap='magma', alpha=.5, extent=(-.5, size - .5, size - .5, -.5), interpolation='bilinear')
+    draw_boxes(ax, box[None], size, 'cyan'); draw_boxes(ax, finding, size, 'yellow', style='--')
+
+# %% ../../nbs/study/65_figures.ipynb #2d313c48
+def plot_grounding(model: GKMVLP, batch: dict, # of one study
+                   image: np.ndarray, # uint8 [S, S]
+                   stated: Sequence[tuple[str, str]] = (), # (region, entity) pairs of its report
+                   findings: dict[str, np.ndarray] | None = None, # entity: boxes [K, 4] in the square
+                   said: str = '', title: str = '') -> plt.Figure:
+    "What each region asks, and where two regions look: the one that the report names for a finding (cyan; the finding yellow) and the one that asks most for it. Without such a finding, the region furthest from the mean region."
+    a, findings = prompt_attention(model, batch), findings or {}
+    x, patch, v = log_attention(a['prompt'][0]), a['patch'][0], batch['region_valid'][0].numpy()
+    boxes, at = batch['region_boxes'][0].numpy(), np.flatnonzero(v)
+    pair = stated_pair(stated, boxes, v, findings)
+    if pair is None: own, box = int(at[np.abs(x[v] - x[v].mean(0)).sum(1).argmax()]), np.zeros((0, 4))
+    else:
+        own, column, box = REGION_INDEX[pair[0]], x[:, 1 + ENTITY_INDEX[pair[1]]], findings[pair[1]]
+        top, rank = int(at[column[v].argmax()]), int((column[v] > column[own]).sum()) + 1
+    columns = 1 if pair is None else 2
+    fig = plt.figure(figsize=(6 + 2.75 * columns, 6), layout='constrained')
+    left, right = fig.subfigures(1, 2, width_ratios=[6, 2.75 * columns])
+    _ask(left.subplots(), x, v, stated)
+    axes = right.subplots(2, columns, squeeze=False).ravel()
+    show_picture(axes[0], image, f'regions found\nreport: {said or "no finding"}')
+    draw_boxes(axes[0], boxes[v], image.shape[-1], [c for c, ok in zip(region_colours(), v, strict=True) if ok])
+    _look(axes[columns], image, patch[own], boxes[own], box, f'patches that\n{REGIONS[own]} attends to')
+    if pair is not None:
+        _look(axes[1], image, None, boxes[own], box, f'stated: {pair[1]}\nin {pair[0]}')
+        _look(axes[3], image, patch[top], boxes[top], box, f'patches of {REGIONS[top]}, which asks most\nfor {pair[1]}; the stated region has rank {rank} of {len(at)}')
+    fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../../nbs/study/65_figures.ipynb #da50a9a7
@@ -125,19 +163,28 @@ def plot_roc(frames: dict[str, list[pd.DataFrame]], # method: one frame of test 
     return ax
 
 # %% ../../nbs/study/65_figures.ipynb #62bacd1a
+def mean_calibration_error(runs: Sequence[pd.DataFrame], n_bins: int = 10) -> float: # frames of label, y, score
+    "Calibration error as in the tables: mean over classes with both values, then over runs."
+    known = [f.dropna(subset=['y']).groupby('label') for f in runs]
+    return float(np.mean([np.mean([ece(g['y'].to_numpy(), g['score'].to_numpy(), n_bins) for _, g in k if g['y'].nunique() > 1]) for k in known]))
+
 def plot_reliability(frames: dict[str, list[pd.DataFrame]], # method: one frame of test predictions per seed
                      title: str = '', ax: plt.Axes | None = None, n_bins: int = 10) -> plt.Axes:
-    "Share of positives against predicted probability in bins of equal mass."
+    "Share of positives against predicted probability in bins of equal mass, on logarithmic axes. A bin without a positive is hollow, at half a positive."
     ax = ax or plt.subplots(figsize=(3.6, 3.4))[1]
-    spare = sns.color_palette('dark', len(frames))
+    spare, least = sns.color_palette('dark', len(frames)), .1
     for k, (name, runs) in enumerate(frames.items()):
-        f = pd.concat(runs).dropna(subset=['y'])
-        y, p = f['y'].to_numpy(), f['score'].to_numpy()
-        t = calibration_bins(y, p, n_bins)
-        ax.plot(t['confidence'], t['frequency'], 'o-', ms=3, color=METHOD_COLOURS.get(name, spare[k]), label=f'{name} ({ece(y, p, n_bins):.3f})')
-    ax.plot([0, 1], [0, 1], color='grey', ls=':', lw=.8)
-    ax.set(xlabel='predicted probability', ylabel='share of positives', title=title, aspect='equal', xlim=(0, 1), ylim=(0, 1))
-    ax.legend(fontsize=7, frameon=False, loc='upper left', title='calibration error', title_fontsize=7)
+        f, c = pd.concat(runs).dropna(subset=['y']), METHOD_COLOURS.get(name, spare[k])
+        t = calibration_bins(f['y'].to_numpy(), f['score'].to_numpy(), n_bins)
+        none = t['frequency'] == 0
+        x, y = t['confidence'].clip(lower=1e-4), t['frequency'].where(~none, .5 / t['n'])
+        ax.plot(x, y, 'o-', ms=3, lw=1, color=c, label=f'{name} ({mean_calibration_error(runs, n_bins):.3f})')
+        ax.plot(x[none], y[none], 'o', ms=3, color=c, mfc='white')
+        least = min(least, x.min(), y.min())
+    ax.plot([least, 1], [least, 1], color='grey', ls=':', lw=.8)
+    ax.set(xscale='log', yscale='log', xlabel='predicted probability', ylabel='share of positives', title=title, aspect='equal', xlim=(least / 1.3, 1.1), ylim=(least / 1.3, 1.1))
+    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter('{x:g}')
+    ax.legend(fontsize=6.5, frameon=False, loc='lower right', title='calibration error,\nmean over findings and seeds', title_fontsize=6.5)
     sns.despine(ax=ax)
     return ax
 

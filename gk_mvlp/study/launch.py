@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..config import Preset, from_params, load_preset, merge
 from ..paths import GKError, data_root, project_root, read_text, results_dir, runs_dir
+from .report_parts import section
 from .variants import variants
 
 # %% ../../nbs/study/62_launch.ipynb #8f33b3e3
@@ -143,8 +144,8 @@ def snakemake_command(preset: str, data: str, runs: str, results: str, cores: in
 def _summary(results: Path) -> str:
     "For the end of a run: the table of AUROCs, then gates and verdicts of the report."
     table = re.sub(r'\n### .*?(?=\n## |\Z)', '', read_text(results/'tables'/'classification.md').split('\n## What is supported')[0], flags=re.S)
-    report = read_text(results/'REPORT.md').split('\n## The detector')[0]
-    return table.strip() + '\n\n' + report[report.index('## Did the models learn?'):].strip() + '\n'
+    report = read_text(results/'REPORT.md')
+    return '\n\n'.join([table.strip(), *(f'## {h}\n\n{section(report, h)}' for h in ('Did the models learn?', 'In short'))]) + '\n'
 
 def _opening(name: str, p: Preset, runs: Path, results: Path, cores: int) -> str:
     "What is about to run, and how long it took before."
