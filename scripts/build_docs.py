@@ -193,7 +193,8 @@ def write_pages(out: Path) -> list[dict]:
         text = source.read_text(encoding='utf-8')
         if source.name in blocks: text = between(text, *blocks[source.name])
         (out/source.name).write_text(site_links(text), encoding='utf-8')
-    guides = [{'Your own data': 'your_data.md'}, {'Add a task': 'add_a_task.md'}, {'Run on Slurm': 'slurm.md'}, {'From one GPU to many': 'scaling.md'}, {"The peers' code": 'peers.md'}]
+    guides = [{'Your own data': 'your_data.md'}, {'Add a task': 'add_a_task.md'}, {'Run on Slurm': 'slurm.md'}, {'From one GPU to many': 'scaling.md'},
+              {"The peers' code": 'peers.md'}]
     return [{'Start': 'index.md'}, {'Tutorial': sections.pop('Tutorial')}, {'Results': results}, {'Method': [{k: v} for k, v in sections.items()]}, {'Guides': guides}, {'API': api}]
 
 

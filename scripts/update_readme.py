@@ -71,8 +71,9 @@ def verdict_sentences(report: str) -> str:
     return ' '.join([*out, *([f'The other claims: {", ".join(f"{len(v)} {k}" for k, v in quiet.items())}.'] if quiet else [])])
 
 
-ASKED = {'gk': 'on the features of GK-MVLP', 'gk-roi_pool': 'when the same checkpoint only pools its regions', 'gk-image_only': 'when it looks at the whole picture alone',
-         'itc_itm_lm': 'for the model without the GK module', 'itc_itm_lm_ecls': 'for that model with entity labels', 'scratch': 'for the network that was never pre-trained'}
+ASKED = {'gk': 'on the features of GK-MVLP', 'gk-roi_pool': 'when the same checkpoint only pools its regions',
+         'gk-image_only': 'when it looks at the whole picture alone', 'itc_itm_lm': 'for the model without the GK module',
+         'itc_itm_lm_ecls': 'for that model with entity labels', 'scratch': 'for the network that was never pre-trained'}
 
 
 def in_words(folders: list[Path]) -> list[str]:
@@ -89,9 +90,11 @@ def in_words(folders: list[Path]) -> list[str]:
     sure = c['p_holm'] < .05
     better, worse = int((sure & (c['difference'] > 0)).sum()), int((sure & (c['difference'] < 0)).sum())
     g = t.loc['gk']
-    return [f'- The main study here is {link(main)}: {int(g["seeds"])} seeds, {int(g["n"])} test studies of {int(g["n_patients"])} patients ({dataset}). {gate_sentence(report)}',
+    size = f'{int(g["seeds"])} seeds, {int(g["n"])} test studies of {int(g["n_patients"])} patients ({dataset})'
+    return [f'- The main study here is {link(main)}: {size}. {gate_sentence(report)}',
             f'- Linear probe with {t["ratio"].iloc[0]:g} % of the labels, AUROC: {", ".join(auroc)}.',
-            f'- Beside its own controls `gk` is better in {better} and worse in {worse} of {len(c)} tests' + ('.' if better else ': no gain is credited to knowledge prompts or grounding.'),
+            f'- Beside its own controls `gk` is better in {better} and worse in {worse} of {len(c)} tests'
+            + ('.' if better else ': no gain is credited to knowledge prompts or grounding.'),
             f'- {verdict_sentences(report)}',
             *(f'- {link(f)}: {gate_sentence(report_of(f))} {verdict_sentences(report_of(f))}' for f in others)]
 
@@ -104,8 +107,9 @@ def transcript(folder: Path) -> list[str]:
     minutes = max(1, round(time_estimate(list(runs), folder/'manifest.json', cores) / 60))
     return [f'On {cores} cores `{folder.name}` prints:', '', '```text',
             f'{folder.name}: ... {n} jobs, 0 of them finished before; about {minutes} minutes by the times in {name}/manifest.json.',
-            'start  detector', f'done   [1/{n}] detector in {runs["detector"]["seconds"]:.0f} s', '...', f'done   [{n}/{n}] report in {runs["report"]["seconds"]:.0f} s',
-            '', '(AUROC table, gates, verdicts)', '', f'{name}: REPORT.md, tables/, figures/ and manifest.json; executed notebooks in runs/{folder.name} (... s)', '```']
+            'start  detector', f'done   [1/{n}] detector in {runs["detector"]["seconds"]:.0f} s', '...',
+            f'done   [{n}/{n}] report in {runs["report"]["seconds"]:.0f} s', '', '(AUROC table, gates, verdicts)', '',
+            f'{name}: REPORT.md, tables/, figures/ and manifest.json; executed notebooks in runs/{folder.name} (... s)', '```']
 
 
 def blocks() -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"The guides in the repository, and the documentation site: built once, every page and public name is there, every link leads somewhere, nothing is fetched from elsewhere."
+"The guides in the repository, and the site: built once, every page and public name is there, every link leads somewhere, nothing is fetched from elsewhere."
 import importlib
 import json
 import re
