@@ -163,6 +163,24 @@ def costs_table() -> str:
             f'At an MFU of 45 % a card of 989 TFLOP/s (H100, bf16) would see {.45 * 989e3 / d["step_gflops"]:.0f} images a second.')
 
 
+def between(text: str, name: str, new: str) -> str:
+    "`text` with what stands between the markers of a block replaced: in the repository a link stands there."
+    start, end = f'<!-- {name} -->', f'<!-- end of {name} -->'
+    return text[:text.index(start)] + new + text[text.index(end) + len(end):]
+
+
+def site_links(text: str) -> str:
+    "Links of docs/*.md into the repository, turned to the pages of the site; of a file without a page only the words are left."
+    def page(m: re.Match) -> str:
+        path = m['path']
+        if path.startswith('nbs/'): to = path.removeprefix('nbs/').replace('.ipynb', '.md')
+        elif path.startswith('gk_mvlp/'): to = f'api/{path.removeprefix("gk_mvlp/").removesuffix(".py").replace("/", ".")}.md'
+        elif path.startswith('paper_results/'): to = f'results/{path.split("/")[1]}.md'
+        else: return m['words']
+        return f'[{m["words"]}]({to}{m["anchor"] or ""})'
+    return re.sub(r'\[(?P<words>[^\]]+)\]\(\.\./(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]+)?\)', page, text)
+
+
 def write_pages(out: Path) -> list[dict]:
     "All Markdown pages; the nav."
     shutil.rmtree(out, ignore_errors=True)
@@ -173,11 +191,13 @@ def write_pages(out: Path) -> list[dict]:
         write_notebook(nb, out)
         sections.setdefault(SECTIONS[nb.parent.relative_to(NBS).as_posix().replace('.', '')], []).append({title_of(nb): page_of(nb)})
     api, (results, front) = write_api(out), write_results(out)
-    index = out/'index.md'
-    index.write_text(index.read_text(encoding='utf-8').replace('<!-- results -->', front), encoding='utf-8')
-    scaling = out/'scaling.md'
-    scaling.write_text(scaling.read_text(encoding='utf-8').replace('<!-- costs -->', costs_table()), encoding='utf-8')
-    guides = [{'Your own data': 'your_data.md'}, {'Add a task': 'add_a_task.md'}, {'Run on Slurm': 'slurm.md'}, {'From one GPU to many': 'scaling.md'}]
+    blocks = {'index.md': ('results', front), 'scaling.md': ('costs', costs_table())}
+    for source in sorted((ROOT/'docs').glob('*.md')):
+        text = source.read_text(encoding='utf-8')
+        if source.name in blocks: text = between(text, *blocks[source.name])
+        (out/source.name).write_text(site_links(text), encoding='utf-8')
+    guides = [{'Your own data': 'your_data.md'}, {'Add a task': 'add_a_task.md'}, {'Run on Slurm': 'slurm.md'}, {'From one GPU to many': 'scaling.md'},
+              {"The peers' code": 'peers.md'}]
     return [{'Start': 'index.md'}, {'Tutorial': sections.pop('Tutorial')}, {'Results': results}, {'Method': [{k: v} for k, v in sections.items()]}, {'Guides': guides}, {'API': api}]
 
 

@@ -1,14 +1,15 @@
-"Write the generated part of README.md from paper_results/, so that no number in it is typed. `--check` only compares."
+"Write the generated parts of README.md from paper_results/, so that no number in them is typed. `--check` only compares."
 import json
+import re
 import sys
 from pathlib import Path
 
 import pandas as pd
 
+from gk_mvlp.study.launch import time_estimate
 from gk_mvlp.study.report_parts import section
 
 ROOT = Path(__file__).resolve().parents[1]
-START, END = '<!-- results: written by scripts/update_readme.py -->', '<!-- end of results -->'
 METHODS = ('constant', 'pixels', 'scratch', 'itc_itm_lm', 'itc_itm_lm_ecls', 'gk', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts')
 
 
@@ -37,17 +38,93 @@ def study(folder: Path) -> list[str]:
     return [*out, '']
 
 
-def generated() -> str:
-    "The text between the markers."
-    folders = [ROOT/'paper_results'/p for p in ('mini', 'full', 'public') if (ROOT/'paper_results'/p/'manifest.json').is_file()]
-    return '\n'.join([START, '', *[line for f in folders for line in study(f)], END])
+VERDICT = re.compile('supported in part|not supported|supported|contradicted|mixed|no change found|not testable here')
+
+
+def report_of(folder: Path) -> str: return (folder/'REPORT.md').read_text(encoding='utf-8')
+def manifest_of(folder: Path) -> dict: return json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
+def link(folder: Path) -> str: return f'[`{folder.name}`]({folder.relative_to(ROOT)}/REPORT.md)'
+
+
+def gate_sentence(report: str) -> str:
+    "What the report says of its gates."
+    return re.search(r'^(All gates hold\.|\d+ of \d+ gates do not hold\.|No gate was measured\.)', report, re.MULTILINE)[1]
+
+
+def claims_by_verdict(report: str) -> dict[str, list[str]]:
+    "{verdict: claims, each with its number of tests} from the table of claims."
+    table = re.search(r'^\| claim +\| verdict +\|.*\n\|[-:| ]+\|\n((?:\|.*\|\n)+)', report, re.MULTILINE)[1]
+    out: dict[str, list[str]] = {}
+    for row in table.splitlines():
+        claim, verdict, *_ = (x.strip() for x in row.strip('|').split('|'))
+        kind = m[0] if (m := VERDICT.match(verdict)) else verdict
+        tests = re.sub(r'^\W*(in )?(?=\w)', '', verdict.removeprefix(kind))
+        out.setdefault(kind, []).append(claim + (f' ({tests})' if tests else ''))
+    return out
+
+
+def verdict_sentences(report: str) -> str:
+    "Claims for or against which something was found by name, the others by their number."
+    said = claims_by_verdict(report)
+    quiet = {k: v for k, v in said.items() if k.startswith('no')}
+    out = [f'{k.capitalize()}: {"; ".join(v)}.' for k, v in said.items() if k not in quiet]
+    return ' '.join([*out, *([f'The other claims: {", ".join(f"{len(v)} {k}" for k, v in quiet.items())}.'] if quiet else [])])
+
+
+ASKED = {'gk': 'on the features of GK-MVLP', 'gk-roi_pool': 'when the same checkpoint only pools its regions',
+         'gk-image_only': 'when it looks at the whole picture alone', 'itc_itm_lm': 'for the model without the GK module',
+         'itc_itm_lm_ecls': 'for that model with entity labels', 'scratch': 'for the network that was never pre-trained'}
+
+
+def in_words(folders: list[Path]) -> list[str]:
+    "What the main study found, in sentences: every number and verdict comes from its tables and report."
+    if not folders: return ['No study of this version has been run to its end yet.']
+    main, *others = folders
+    report, t = report_of(main), pd.read_csv(main/'tables/classification.csv')
+    t = t[(t['metric'] == 'auroc') & (t['protocol'] == 'linear_probe') & (t['ratio'] == t['ratio'].max())]
+    dataset = t['dataset'].iloc[0]
+    t = t[t['dataset'] == dataset].set_index('method')
+    auroc = [f'{t.loc[m, "mean"]:.3f} {says}' for m, says in ASKED.items() if m in t.index]
+    c = pd.concat([pd.read_csv(f) for name in ('comparisons', 'task_comparisons') if (f := main/f'tables/{name}.csv').is_file()])
+    c = c[(c['method'] == 'gk') & c['reference'].str.startswith('gk-') & c['p_holm'].notna()]
+    sure = c['p_holm'] < .05
+    better, worse = int((sure & (c['difference'] > 0)).sum()), int((sure & (c['difference'] < 0)).sum())
+    g = t.loc['gk']
+    size = f'{int(g["seeds"])} seeds, {int(g["n"])} test studies of {int(g["n_patients"])} patients ({dataset})'
+    return [f'- The main study here is {link(main)}: {size}. {gate_sentence(report)}',
+            f'- Linear probe with {t["ratio"].iloc[0]:g} % of the labels, AUROC: {", ".join(auroc)}.',
+            f'- Beside its own controls `gk` is better in {better} and worse in {worse} of {len(c)} tests'
+            + ('.' if better else ': no gain is credited to knowledge prompts or grounding.'),
+            f'- {verdict_sentences(report)}',
+            *(f'- {link(f)}: {gate_sentence(report_of(f))} {verdict_sentences(report_of(f))}' for f in others)]
+
+
+def transcript(folder: Path) -> list[str]:
+    "What `make paper` prints for a preset, by the times in its manifest."
+    if not (folder/'manifest.json').is_file(): return ['`make paper` has not been run to its end for this version.']
+    runs = manifest_of(folder)['runs']
+    cores, n, name = next(iter(runs.values()))['hardware']['cpus'], len(runs), folder.relative_to(ROOT)
+    minutes = max(1, round(time_estimate(list(runs), folder/'manifest.json', cores) / 60))
+    return [f'On {cores} cores `{folder.name}` prints:', '', '```text',
+            f'{folder.name}: ... {n} jobs, 0 of them finished before; about {minutes} minutes by the times in {name}/manifest.json.',
+            'start  detector', f'done   [1/{n}] detector in {runs["detector"]["seconds"]:.0f} s', '...',
+            f'done   [{n}/{n}] report in {runs["report"]["seconds"]:.0f} s', '', '(AUROC table, gates, verdicts)', '',
+            f'{name}: REPORT.md, tables/, figures/ and manifest.json; executed notebooks in runs/{folder.name} (... s)', '```']
+
+
+def blocks() -> dict[str, list[str]]:
+    "{name of the block: its lines}. The main study comes first and is the only one with tables."
+    folders = [f for p in ('full', 'mini', 'public') if ((f := ROOT/'paper_results'/p)/'manifest.json').is_file()]
+    return {'transcript': transcript(ROOT/'paper_results'/'mini'), 'sentences': in_words(folders), 'results': [line for f in folders[:1] for line in study(f)]}
 
 
 def main() -> int:
     path = ROOT/'README.md'
-    text = path.read_text(encoding='utf-8')
-    before, rest = text.split(START, 1)
-    new = before + generated() + rest.split(END, 1)[1]
+    text = new = path.read_text(encoding='utf-8')
+    for name, lines in blocks().items():
+        start, end = f'<!-- {name}: written by scripts/update_readme.py -->', f'<!-- end of {name} -->'
+        before, rest = new.split(start, 1)
+        new = before + start + '\n\n' + '\n'.join(lines).strip() + '\n\n' + end + rest.split(end, 1)[1]
     if '--check' in sys.argv:
         if new != text: print('error: README.md differs from paper_results. Run: make readme', file=sys.stderr)
         return int(new != text)

@@ -1,5 +1,6 @@
-"The documentation site: built once, every page and public name is there, every link leads somewhere, nothing is fetched from elsewhere."
+"The guides in the repository, and the site: built once, every page and public name is there, every link leads somewhere, nothing is fetched from elsewhere."
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,54 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
+
+from gk_mvlp.data.phantom import PhantomConfig
+
+
+GUIDES = ('README.md', 'CONTRIBUTING.md', 'benchmarks/README.md', *sorted(f'docs/{p.name}' for p in (Path(__file__).resolve().parents[1]/'docs').glob('*.md')))
+
+
+def headings(text: str) -> set[str]:
+    "Anchors of a Markdown file as a repository's pages make them: small letters, spaces to hyphens, no other signs."
+    return {re.sub(r'[^\w\- ]', '', h.lower()).strip().replace(' ', '-') for h in re.findall(r'^#+ (.+)$', text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize('name', GUIDES)
+def test_links_of_the_guides_lead_somewhere_in_the_repository(root, name):
+    path = root/name
+    text = re.sub(r'^```.*?^```', '', path.read_text(encoding='utf-8'), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r'\]\(([^)\s]+)\)', text):
+        url = urlsplit(link)
+        if url.scheme: continue
+        target = (path.parent/unquote(url.path)).resolve() if url.path else path
+        assert target.exists() and target.is_relative_to(root), f'{name}: {link}'
+        if url.fragment: assert url.fragment in headings(target.read_text(encoding='utf-8')), f'{name}: {link} (no such heading)'
+
+
+@pytest.mark.parametrize('name', GUIDES)
+def test_commands_are_those_that_make_install_makes(root, name):
+    text = (root/name).read_text(encoding='utf-8')
+    shell = '\n'.join([*re.findall(r'^```sh\n(.*?)^```', text, re.MULTILINE | re.DOTALL), *re.findall(r'`([^`\n]+)`', text)])
+    assert not (bare := re.findall(r'^\s*((?:gk-mvlp|pytest|nbdev_\w+) .*)', shell, re.MULTILINE)), f'{name}: .venv/bin/ is missing: {bare}'
+    targets = set(re.findall(r'^(\w+):', (root/'Makefile').read_text(encoding='utf-8'), re.MULTILINE))
+    assert set(re.findall(r'^\s*make (\w+)', shell, re.MULTILINE)) <= targets, name
+    for nb in re.findall(r'nbs/experiments/\w+\.ipynb', shell): assert (root/nb).is_file() or name == 'docs/add_a_task.md' and '79_triage' in nb, f'{name}: {nb}'
+
+
+def test_add_a_task_names_what_is_there(root):
+    for path, row in re.findall(r'^\| \d \| \[\w+\]\(\.\./(\S+?)\) \| (.*) \|$', (root/'docs/add_a_task.md').read_text(encoding='utf-8'), re.MULTILINE):
+        code = ''.join(''.join(c['source']) for c in json.loads((root/path).read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code')
+        names = [n for n in re.findall(r'`(\w+)`', row) if n.isupper() or n in ('task_values', 'run_metrics')]
+        assert names and all(re.search(rf'^(def )?{n}\b', code, re.MULTILINE) for n in names), (path, names)
+
+
+def test_readme_says_how_visible_findings_are(root):
+    text = ' '.join((root/'README.md').read_text(encoding='utf-8').split())
+    for preset in ('full', 'mini'):
+        d = yaml.safe_load((root/f'presets/{preset}.yaml').read_text(encoding='utf-8'))['data']
+        assert f'contrast: {d["contrast"]}, normal: {d["normal"]}' in text, preset
+    assert f'defaults are {PhantomConfig().contrast} and {PhantomConfig().normal}' in text
 
 
 class Page(HTMLParser):
@@ -45,7 +94,7 @@ def pages(site): return {p: Page(p) for p in site.rglob('*.html')}
 
 def test_every_notebook_has_a_page(root, site):
     for nb in (root/'nbs').rglob('*.ipynb'): assert (site/nb.relative_to(root/'nbs').with_suffix('.html')).is_file(), nb
-    assert {'index.html', 'your_data.html', 'add_a_task.html', 'slurm.html'} <= {p.name for p in site.glob('*.html')}
+    assert {f'{Path(g).stem}.html' for g in GUIDES if g.startswith('docs/')} <= {p.name for p in site.glob('*.html')}
 
 
 def test_every_public_name_is_in_the_reference(root, pages, site):
@@ -93,6 +142,12 @@ def test_published_numbers_are_shown(root, pages, site):
     text = ' '.join(pages[site/'results/published.html'].text)
     rows = (root/'paper_results/published/classification.csv').read_text(encoding='utf-8').splitlines()[1:]
     assert rows and all(r.split(',')[0] in text for r in rows)
+
+
+def test_blocks_of_the_guides_are_filled_in(pages, site):
+    front, scaling = (' '.join(pages[site/f'{name}.html'].text) for name in ('index', 'scaling'))
+    assert 'GFLOPs per sample' in scaling and 'benchmarks/README.md' not in scaling
+    assert 'claim' in front and 'study by study' not in front
 
 
 def test_in_a_browser(site, chromium):

@@ -1,4 +1,6 @@
 "Downstream tasks: geometry, what is frozen stays frozen, unknown answers, decoding that does not depend on the batch, refusals."
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -252,3 +254,11 @@ def test_presets_are_whole(name): check_preset(load_preset(name))
 def test_experiment_notebooks_take_the_same_parameters(root, number, task):
     p = notebook_parameters(root/f'nbs/experiments/{number}_{task}.ipynb')
     assert {'preset', 'data', 'dataset', 'method', 'ratio', 'seed', 'detector', 'checkpoint', 'overrides', 'out'} == set(p) and task in R.RUNNERS and stage_sources(task)
+
+
+@pytest.mark.parametrize('notebook', ['71_pretrain', '76_vqa'])
+def test_an_experiment_without_a_detector_says_what_to_run(root, tmp_path, notebook):
+    command = [sys.executable, '-m', 'gk_mvlp.study.run', f'nbs/experiments/{notebook}.ipynb', str(tmp_path/'run'), '--params', '{"preset": "smoke"}']
+    r = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert r.returncode == 1 and 'Run nbs/experiments/70_detector.ipynb' in r.stderr and len(r.stderr.strip().splitlines()) == 1, r.stderr
+    assert not (tmp_path/'run'/'config.json').exists()
