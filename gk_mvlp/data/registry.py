@@ -171,6 +171,7 @@ def _hash_new(files: list, cache: HashCache | None, bad: str, progress: bool | N
             if cache and rows: cache.add(rows)
     return out
 
+# %% ../../nbs/data/19_registry.ipynb #b2e1d4c3
 def _file_hashes(files: Sequence[str | Path], bad: str, progress: bool | None, cache_dir: str | Path | None) -> dict:
     "{file: hash}, from the cache where it knows them."
     files = list(dict.fromkeys(files))

@@ -100,6 +100,7 @@ def read_rsna_mapping(path: Path) -> dict[str, str]:
         if out.setdefault(pid, name) != name: raise GKError(f'{path}: {pid} is both {out[pid]} and {name}', 'Download it again.')
     return out
 
+# %% ../../nbs/data/16_rsna.ipynb #a1f0c3d2
 def read_detailed_classes(path: Path, truth: dict) -> dict[str, str]:
     "{patientId: one of `DETAILED`} of stage_2_detailed_class_info.csv (one row per box), checked against the labels: 'Lung Opacity' is Target 1."
     out: dict[str, str] = {}

@@ -72,7 +72,8 @@ def asked_labels(settings: dict, dataset: str, studies: Sequence[Study]) -> list
     if names is None: return None
     have = {n for s in studies for n in s.labels}
     if wrong := [n for n in names if n not in have] or ([] if names else ['']):
-        raise GKError(f'preset, classes of {dataset}: no study carries label {wrong[0]!r}', f'Its labels: {", ".join(sorted(have)) or "none"}; leave {dataset} out of classes for all of them.')
+        raise GKError(f'preset, classes of {dataset}: no study carries label {wrong[0]!r}',
+                      f'Its labels: {", ".join(sorted(have)) or "none"}; leave {dataset} out of classes for all of them.')
     return list(names)
 
 def load_detector(folder: str) -> RegionDetector:
@@ -89,6 +90,7 @@ def model_hash(folder: str) -> str:
         while part := f.read(1 << 24): h.update(part)
     return h.hexdigest()[:16]
 
+# %% ../../nbs/study/61_experiments.ipynb #c3d2e5f4
 def pretraining_studies(studies: Sequence[Study], ratio: float, seed: int) -> list[Study]:
     "The studies with a report; of the training split those of a nested, seeded share (per cent) of the patients."
     studies = [s for s in studies if s.report.strip()]

@@ -68,12 +68,16 @@ class TaskRun:
         "The pre-trained model; for `scratch` a new one of the same size, with the GK module's baseline shape and a vocabulary of `texts`."
         return load_method(self.method, self.checkpoint, self.settings, self.seed, texts)
 
-    def labels(self) -> list[str] | None: "Those that are asked of the data set; None for all."; return asked_labels(self.settings, self.dataset, [s for v in self.part.values() for s in v])
+    def labels(self) -> list[str] | None:
+        "Those that are asked of the data set; None for all."
+        return asked_labels(self.settings, self.dataset, [s for v in self.part.values() for s in v])
 
     def pictures(self, split: str, tokenizer=None, regions: str = '', # what will be read of them, see `regions_read`
                  **options) -> StudySet:
         "A split as tensors, augmented for training only."
-        return StudySet(self.part[split], tokenizer, regions=regions, image_size=self.size, detector=self.detector, true_boxes=self.true_boxes, cache_dir=cache_dir(), seed=self.seed, augment_strength=self.strength if split == 'train' else 0., **options)
+        strength = self.strength if split == 'train' else 0.
+        return StudySet(self.part[split], tokenizer, self.size, detector=self.detector, true_boxes=self.true_boxes, regions=regions,
+                        cache_dir=cache_dir(), seed=self.seed, augment_strength=strength, **options)
 
 # %% ../../nbs/study/67_task_runs.ipynb #17f4fee4
 def entity_labels(names: Sequence[str]) -> list[int]:
@@ -98,6 +102,7 @@ def _maps(r: TaskRun, make: Callable[[str], dict[str, np.ndarray]], # split -> {
         out += [map_frame(r.part[k], boxes, m, names, method=r.method if r.method != BASELINE else p, protocol=p) for p, m in make(k).items()]
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 
+# %% ../../nbs/study/67_task_runs.ipynb #d4c3f6e5
 def run_zero_shot(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     "Predictions on validation and test; writes maps.parquet where studies have boxes."
     y, names = {}, r.labels()
@@ -165,8 +170,8 @@ def run_vqa(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     space, out = answer_space(train), []
     for form in FORMS:
         model = r.model([f'{q} {a}' for q, a in zip(train['question'], train['answer'], strict=True)])
-        data = {k: QASet(v, model.tokenizer, list(space), r.size, model.config.max_length, detector=r.detector, true_boxes=r.true_boxes, regions=model_regions(model), cache_dir=cache_dir(), seed=r.seed,
-                         augment_strength=r.strength if k == 'train' else 0.) for k, v in r.part.items()}
+        data = {k: QASet(v, model.tokenizer, list(space), r.size, model.config.max_length, detector=r.detector, true_boxes=r.true_boxes,
+                         regions=model_regions(model), cache_dir=cache_dir(), seed=r.seed, augment_strength=r.strength if k == 'train' else 0.) for k, v in r.part.items()}
         net, _ = fit_vqa(model, 'gk' if model.config.gk else 'image', form, data['train'], data['val'], config, run/form)
         save_vqa(net, run/form/'model')
         out.append(data['test'].frame.assign(prediction=answer_questions(net, data['test']), method=r.method, protocol=form))

@@ -193,7 +193,8 @@ def __getitem__(self: StudySet, index: Sequence[int]) -> dict[str, Tensor]:
     if self.strength > 0:
         g = step_generator(self.seed, self.epoch, int(i[0]))
         b['images'], boxes = augment(b['images'], g, b.get('region_boxes'), self.strength)
-        if boxes is not None: b |= {'region_boxes': boxes, 'region_valid': b['region_valid'] & (boxes[..., 2:] > boxes[..., :2]).all(-1)}   # a box moved out of the picture is zero
+        if boxes is not None:                               # a box moved out of the picture is zero
+            b |= {'region_boxes': boxes, 'region_valid': b['region_valid'] & (boxes[..., 2:] > boxes[..., :2]).all(-1)}
     if 'attention_mask' in b:                               # cut to the longest report of the batch
         n = int(b['attention_mask'].sum(1).max())
         b['input_ids'], b['attention_mask'] = b['input_ids'][:, :n], b['attention_mask'][:, :n]
