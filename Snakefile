@@ -42,7 +42,7 @@ rule all:
 rule detector:
     input: nb="nbs/experiments/70_detector.ipynb", lib=stage_sources("detector")
     output: f"{DETECTOR}/metrics.json"
-    params: label="detector", p=given(seed=P.seeds[0]), settings=json.dumps([P.data, P.detector, P.detector_dataset])
+    params: label="detector", p=given(seed=P.seeds[0]), settings=json.dumps([P.data, P.detector, P.detector_dataset, P.dataset_options.get(P.detector_dataset)])
     threads: workflow.cores or 1  # it runs alone: all others wait for it
     shell: RUN
 
@@ -61,7 +61,7 @@ rule classification:
     params:
         label=lambda w: f"classification of {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
         p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w)),
-        settings=lambda w: json.dumps([P.data, P.model, P.finetune, P.dataset_options.get(w.dataset)])
+        settings=lambda w: json.dumps([P.data, P.model, P.finetune, P.dataset_options.get(w.dataset), P.classes.get(w.dataset)])
     shell: RUN
 
 TASK_NOTEBOOKS = {"zero_shot": "73", "localization": "74", "report_generation": "75", "vqa": "76"}
@@ -73,7 +73,7 @@ rule task:
     params:
         label=lambda w: f"{w.task} on {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
         p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w)),
-        settings=lambda w: json.dumps([P.data, P.model, P.finetune, P.localization, P.generation, P.dataset_options.get(w.dataset)])
+        settings=lambda w: json.dumps([P.data, P.model, P.finetune, P.localization, P.generation, P.dataset_options.get(w.dataset), P.classes.get(w.dataset)])
     shell: RUN
 
 rule probing:
@@ -82,7 +82,7 @@ rule probing:
     params:
         label=lambda w: f"probing {w.method} on {w.dataset}, seed {w.seed}",
         p=lambda w: given(dataset=w.dataset, method=w.method, seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w), **settings_of(w.method)),
-        settings=json.dumps([P.data, P.model, P.probing, P.generation, P.ratios])
+        settings=lambda w: json.dumps([P.data, P.model, P.probing, P.generation, P.ratios, P.dataset_options.get(w.dataset), P.classes.get(w.dataset)])
     shell: RUN
 
 CLASSIFICATION = [f"{RUNS}/classification/{j}/metrics.json" for j in classification_jobs(P)]

@@ -70,6 +70,7 @@ class Preset:
     pretrain_dataset: str = 'phantom'
     pretrain_ratio: float = 100.                 # per cent of the training patients whose reports pre-train
     classification: tuple[str, ...] = ('phantom',) # data sets
+    classes: dict[str, list[str]] = dataclasses.field(default_factory=dict) # data set -> its labels that are classified; all where none are named
     dataset_options: dict[str, dict] = dataclasses.field(default_factory=dict) # data set -> arguments of load_dataset: fractions of its splits, layout, ...
     tasks: dict[str, list] = dataclasses.field(default_factory=dict) # zero_shot, localization, report_generation, vqa: data sets
     task_methods: tuple[str, ...] = ()           # methods in these tasks; empty = methods

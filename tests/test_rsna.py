@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 
 from gk_mvlp.data.images import load_image
 from gk_mvlp.data.registry import apply_split_lists, load_dataset, save_split_lists
-from gk_mvlp.data.rsna import PROTOCOLS, load_rsna, read_rsna_header, rsna_split
+from gk_mvlp.data.rsna import MAPPING, PROTOCOLS, load_rsna, read_rsna_header, rsna_split
 from gk_mvlp.data.study import Study, check_splits
 from gk_mvlp.paths import GKError
 
@@ -94,6 +94,25 @@ def test_shared_patients_are_counted_and_only_allowed_by_picture(root):
         warnings.simplefilter('error')
         s = load_dataset('rsna', root, layout='dicom', protocol='70/15/15')
     check_splits([x.subject_id for x in s], [x.split for x in s])
+
+def test_pictures_without_a_patient_are_counted_and_the_remedy_works(root):
+    with pytest.warns(UserWarning, match=f'no NIH patient is known for 12 of 12 pictures.*{MAPPING}.*rsna_pneumonia'): s = load_dataset('rsna', root, layout='dicom')
+    assert len({x.subject_id for x in s}) == 12
+    rows = [{'subset_img_id': f't{i:02d}', 'img_id': f'{i // 3 + 1:08d}_{i % 3:03d}.png', 'orig_labels': ['Mass']} for i in range(12)]
+    path = root/'rsna_pneumonia'/MAPPING; path.write_text(json.dumps(rows[:9]))
+    with pytest.warns(UserWarning, match='known for 3 of 12'): load_rsna(root, layout='dicom')
+    path.write_text(json.dumps(rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        s = load_dataset('rsna', root, layout='dicom', protocol='70/15/15')
+    assert {x.subject_id for x in s} == {f'nih-{k:08d}' for k in range(1, 5)} and s[4].attributes['nih_image'] == '00000002_001.png'
+    check_splits([x.subject_id for x in s], [x.split for x in s])
+
+@pytest.mark.parametrize('text,says', [('{}', 'not the mapping'), ('[{"img_id": "00000001_000.png"}]', 'not the mapping'), ('[{"subset_img_id": "t01", "img_id": "a.png"}]', 'official picture name'), ('[1]', 'not the mapping'), ('[', 'not valid JSON'),
+    ('[{"subset_img_id": "t01", "img_id": "00000001_000.png"}, {"subset_img_id": "t01", "img_id": "00000002_000.png"}]', 'both'), ('[{"subset_img_id": "t01", "img_id": null}]', 'None')])
+def test_broken_mappings(root, text, says):
+    (root/'rsna_pneumonia'/MAPPING).write_text(text)
+    with pytest.raises(GKError, match=says): load_rsna(root, layout='dicom')
 
 @pytest.mark.parametrize('kw,says', [({'protocol': '80/20'}, 'protocol'), ({'split_by': 'day'}, 'split_by'), ({'layout': 'png'}, 'layout'), ({'bad': 'ignore'}, 'skip')])
 def test_wrong_options(root, kw, says):

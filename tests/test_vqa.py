@@ -21,7 +21,8 @@ def test_baselines_reach_the_yardsticks_of_vqa_rad(real_data, organ, by_question
 
 
 @pytest.mark.parametrize('a, b, same', [('Yes', 'yes.', True), ('The left lung', 'left  lung', True), ('two', '2', True), ('1.5 cm', '1.5cm', False), ('x-ray', 'xray', False), ('right', 'left', False), ('5%', '5 %', False),
-                                        ('AP', 'ap', True), ('', '...', True), ('an', '', True), ('lung/heart', 'lung heart', False)])
+                                        ('AP', 'ap', True), ('', '...', True), ('an', '', True), ('lung/heart', 'lung heart', False),
+                                        ('右肺', '左肺', False), ('右肺', '', False), ('右肺。', ' 右肺', True), ('２ ｃｍ', '2 cm', True), ('É', 'e\u0301', True), ('é', 'e', False), ('left_lung', 'left lung', True)])
 def test_normalisation(a, b, same): assert (normalize_answer(a) == normalize_answer(b)) == same
 
 
@@ -59,6 +60,18 @@ def test_bad_tables_are_refused(change, says):
 
 def test_an_empty_answer_is_wrong_and_counted():
     assert vqa_metrics(F.assign(prediction=''))['accuracy'][0] == 0
+
+
+def test_answers_in_chinese_are_compared_and_not_emptied():
+    f = F.assign(answer=['有', '左肺', '肝脏'])
+    assert vqa_metrics(f.assign(prediction=['有。', '右肺', '']))['accuracy'][0] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize('empty', ['', '...', 'the', '？', None])
+def test_a_true_answer_of_which_nothing_is_left_is_refused(empty):
+    for prediction in ('', 'yes'):
+        with pytest.raises(GKError, match="'b': nothing is left"): vqa_metrics(F.assign(answer=['yes', empty, 'hilum'], prediction=prediction))
+    with pytest.raises(GKError, match="'a-q0'"): question_frame([Study('a', 'p', split='test', qa=[QA('q?', empty)])])
 
 
 def test_questions_of_studies():

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..config import from_params
-from ..data.images import to_float
 from ..data.study import nested_subsets
 from ..evaluation.grounding import finding_boxes, map_frame, prior_maps
 from ..evaluation.metrics import macro
@@ -26,12 +25,12 @@ from ..evaluation.subgroups import area_frame, group_frame
 from ..evaluation.text import report_frame
 from ..models.gk_mvlp import GKMVLP
 from ..paths import GKError
-from .experiments import CLASSES, scores_by_class
-from .task_runs import TaskRun
+from .experiments import cache_dir, regions_read, scores_by_class
+from .task_runs import TaskRun, boxed_entities, entity_labels
 from ..tasks import zero_shot
 from ..tasks.classification import label_matrix, linear_probe, prediction_frame
 from ..tasks.report_generation import GenerationConfig, ReportGenerator
-from ..training.batches import StudySet, load_pictures, run_batches
+from ..training.batches import StudySet, describe_regions, load_pictures, run_batches
 
 # %% ../../nbs/study/94_probing.ipynb #354f44dc
 @dataclass(frozen=True)
@@ -107,22 +106,27 @@ class Probing:
         self.r, self.config, self.ratios, self.model = r, config, sorted(ratios), r.model()
         self.detailed = r.method in config.detailed
         self.reports = all(s.report.strip() for v in r.part.values() for s in v)
-        self.data = {k: r.pictures(k, self.model.tokenizer if self.reports else None, max_length=self.model.config.max_length) for k in r.part}
+        regions = regions_read(list(kinds_of(self.model, self.detailed, self.reports)), self.model.config.region_source)
+        self.data = {k: r.pictures(k, self.model.tokenizer if self.reports else None, regions, max_length=self.model.config.max_length) for k in r.part}
         for d in self.data.values(): d.strength = 0.
-        self.y, self.names = {}, CLASSES.get(r.dataset)
+        self.y, self.names = {}, r.labels()
         for k in ('train', 'val', 'test'): self.y[k], self.names = label_matrix(r.part[k], self.names)
 
-    def frame(self, split: str, scores: np.ndarray, suffix: str = '', protocol: str = 'linear_probe', ratio: float = 100., factor: str = '', level: float = float('nan')) -> pd.DataFrame:
+    def frame(self, split: str, scores: np.ndarray, suffix: str = '', protocol: str = 'linear_probe', ratio: float = 100., factor: str = '', level: float = float('nan'),
+              which: Sequence[int] | None = None # labels that were scored; None: all
+              ) -> pd.DataFrame:
         "Predictions with the columns that tables group by."
         method = self.r.method + (f'-{suffix}' if suffix else '')
-        f = prediction_frame(self.r.part[split], self.y[split], scores, self.names, method=method, protocol=protocol, ratio=float(ratio), factor=factor, level=float(level))
+        names = self.names if which is None else [self.names[i] for i in which]
+        y = self.y[split] if which is None else self.y[split][:, which]
+        f = prediction_frame(self.r.part[split], y, scores, names, method=method, protocol=protocol, ratio=float(ratio), factor=factor, level=float(level))
         return f.astype({'score': 'float32', 'y': 'float32', **{k: 'category' for k in ('method', 'protocol', 'factor', 'split', 'label')}})
 
     def worse(self, kinds: Sequence[str]) -> dict[tuple[str, float], dict[str, np.ndarray]]:
         "Test features of every kind under every disturbance."
         test, out = self.data['test'], {}
         clean = test.fields
-        describe = (lambda boxes: self.r.detector.describe(to_float(test.images), boxes)) if self.r.detector is not None else None
+        describe = (lambda boxes: describe_regions(self.r.detector, test.images, boxes, clean['region_valid'])) if self.r.detector is not None else None
         for i, (kind, level) in enumerate(self.config.noise()):
             test.fields = clean | disturb(clean, kind, level, torch.Generator().manual_seed(1000 * self.r.seed + i), describe)
             try: out[kind, level] = features_by_kind(self.model, test, kinds)
@@ -147,9 +151,10 @@ def probe_predictions(p: Probing) -> pd.DataFrame:
             parts = np.split(test, 1 + len(extra))
             rows += [p.frame('val', val, suffix, ratio=ratio), p.frame('test', parts[0], suffix, ratio=ratio)]
             rows += [p.frame('test', s, suffix, ratio=ratio, factor=f, level=v) for s, (f, v) in zip(parts[1:], worse if extra else (), strict=True)]
+    known = entity_labels(p.names)
     for k in ('val', 'test'):
         rows.append(p.frame(k, zero_shot.itc_scores(p.model, p.data[k], p.names), protocol='zero_shot'))
-        if p.model.config.gk and not CLASSES.get(p.r.dataset): rows.append(p.frame(k, zero_shot.ecls_scores(p.model, p.data[k], p.names), protocol='ecls'))
+        if p.model.config.gk and known: rows.append(p.frame(k, zero_shot.ecls_scores(p.model, p.data[k], [p.names[i] for i in known]), protocol='ecls', which=known))
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/study/94_probing.ipynb #cc0ecfce
@@ -168,9 +173,9 @@ def probe_relations(p: Probing) -> pd.DataFrame | None:
 def probe_maps(p: Probing) -> pd.DataFrame | None:
     "`map_frame`s of validation and test for findings with boxes, method and protocol; None without any."
     part, size = p.r.part, p.r.size
-    names = [n for n in p.names if any(b.entity == n for s in part['test'] for b in s.findings)]
+    names = boxed_entities(p.names, part['test'])
     if not names: return None
-    boxes = {k: finding_boxes(v, load_pictures(v, size)[1]) for k, v in part.items()}
+    boxes = {k: finding_boxes(v, load_pictures(v, size, cache_dir=cache_dir())[1]) for k, v in part.items()}
     grid, rows = p.model.image_encoder.grid, []
     for k in ('val', 'test'):
         maps = {(p.r.method, 'similarity'): zero_shot.similarity_maps(p.model, p.data[k], names)}
@@ -183,8 +188,10 @@ def probe_maps(p: Probing) -> pd.DataFrame | None:
 def run_probing(p: Probing, run: Path) -> pd.DataFrame:
     "Ask everything, write the files, return the predictions; predictions.parquet comes last."
     studies = [s for v in p.r.part.values() for s in v]
+    label_of = {zero_shot.class_name(n): n for n in reversed(p.names)}                # boxes carry the entity's name, scores the label's
+    areas = area_frame(studies).replace({'label': label_of})
     rate = pd.DataFrame({'label': p.names, 'prevalence': np.nanmean(p.y['train'], 0)})
-    files = {'prevalence': rate, 'groups': group_frame(studies), 'areas': area_frame(studies), 'relations': probe_relations(p), 'maps': probe_maps(p)}
+    files = {'prevalence': rate, 'groups': group_frame(studies), 'areas': areas, 'relations': probe_relations(p), 'maps': probe_maps(p)}
     if p.config.reports and p.reports:
         how = from_params(GenerationConfig, p.r.settings.get('generation', {}) | {'beams': 1, 'scorers': ()}, 'preset, section generation')
         written = ReportGenerator(p.model, 'gk' if p.model.config.gk else 'image').write(p.data['test'], how)
