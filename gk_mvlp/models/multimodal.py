@@ -86,7 +86,8 @@ class ReportDecoder(nn.Module):
     def tie(self, embeddings: nn.Embedding) -> None:
         "Read and write words with these embeddings [V, D] in place of own ones."
         if embeddings.weight.shape != self.lm.get_input_embeddings().weight.shape:
-            raise GKError(f'word embeddings {list(embeddings.weight.shape)} do not fit the decoder', 'Use a text encoder of width dim, or leave tie_embeddings false.')
+            raise GKError(f'word embeddings {list(embeddings.weight.shape)} do not fit the decoder',
+                          'Use a text encoder of width dim, or leave tie_embeddings false.')
         self.lm.set_input_embeddings(embeddings)
         self.lm.tie_weights()
 

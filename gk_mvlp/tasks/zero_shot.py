@@ -106,7 +106,8 @@ def attention_maps(model: GKMVLP, data: StudySet, labels: Sequence[str],
     "Region-prompt attention times region-patch attention of the GK module, with all prompts given."
     if not model.config.mapped:
         c = model.config
-        raise GKError(f'a model of objective {c.objective!r} with {c.local_layers} local and {c.fused_layers} fused layers has no attention from prompts to patches',
+        raise GKError(f'a model of objective {c.objective!r} with {c.local_layers} local and {c.fused_layers} fused layers '
+                      'has no attention from prompts to patches',
                       "Use a model of objective 'gk' with both, or similarity maps.")
     if control not in ('', 'null', 'shuffled'): raise GKError(f'control {control!r}', "Use '', 'null' or 'shuffled'.")
     model.eval()
