@@ -1,4 +1,6 @@
 "Knowledge prompts and the report reader: every rule with its unhappy side, and the measured quality on real reports."
+import hashlib
+import json
 import random
 import time
 
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from gk_mvlp.data.anatomy import REGIONS, side
 from gk_mvlp.data.knowledge import ENTITIES, ENTITY_INDEX, ENTITY_NAMES, extract_entities, extract_relations, lookup, normalize_name, prompt
+from gk_mvlp.data.phantom import PhantomConfig, _rng, hidden_state, write_report
 from gk_mvlp.paths import GKError
 
 ORDER = ('lung opacity', 'consolidation', 'pneumonia', 'atelectasis', 'pulmonary edema', 'pleural effusion', 'pneumothorax', 'cardiomegaly', 'nodule', 'mass', 'hyperinflation',
@@ -254,3 +257,24 @@ def test_shuffled_reports_score_badly(reports):
     found = reports['text'].map(extract_entities).tolist(); random.Random(0).shuffle(found)
     y, s = indexed(reports, 'lung opacity'), np.array([e.get('lung opacity') == 1 for e in found])
     assert 2*(y & s).sum()/(y.sum() + s.sum()) < .4
+
+
+def fingerprint(things) -> str: return hashlib.sha256(json.dumps(things).encode()).hexdigest()[:16]
+
+
+def readings(texts): return [[sorted(extract_entities(t).items()), sorted([*k, v] for k, v in extract_relations(t).items())] for t in texts]
+
+
+def test_the_reading_of_phantom_reports_stands_still():
+    "Rules may be rewritten, but labels and results rest on what they read: a change of a single entity or relation must be meant."
+    config, texts = PhantomConfig(n=300, seed=5), []
+    for i in range(300):
+        body, found, labels = hidden_state(config, i)
+        texts.append(write_report(config, body, found, labels, _rng(config, 4, i))[0])
+    assert fingerprint(texts) == '039303548ae2fbf0', 'the phantom writes other reports: renew both fingerprints'
+    assert fingerprint(readings(texts)) == 'a3c7232138269c4b', 'the same reports are read differently'
+
+
+def test_the_reading_of_real_reports_stands_still(reports):
+    assert fingerprint(reports['text'].tolist()) == 'a31713d1ce599dde', 'another version of the reports'
+    assert fingerprint(readings(reports['text'])) == '5b009b8db0f831bf', 'the same reports are read differently'

@@ -34,62 +34,67 @@ class Entity:
 # %% ../../nbs/data/11_knowledge.ipynb #0c44e9d4
 _AIRSPACE: tuple[Entity, ...] = (
     Entity('lung opacity', 'an area of lung that is whiter than it should be, because something denser than air lies in or over it',
-           ('opacity', 'opacities', 'opacification', 'opacifications', 'infiltrate', 'infiltrates', 'infiltration', 'airspace disease', 'air space disease', 'haziness',
-            'airspace process', 'air space process', 'airspace opacification'), _ZONES),
+           ('opacity', 'opacities', 'opacification', 'opacifications', 'infiltrate', 'infiltrates', 'infiltration', 'airspace disease',
+            'air space disease', 'haziness', 'airspace process', 'air space process', 'airspace opacification'), _ZONES),
     Entity('consolidation', 'air spaces filled with fluid, pus or cells, giving a dense white patch in which air-filled bronchi may still be seen',
-           ('consolidations', 'consolidative', 'air bronchogram', 'air bronchograms',
-            'consolidated'), _ZONES),
+           ('consolidations', 'consolidative', 'air bronchogram', 'air bronchograms', 'consolidated'), _ZONES),
     Entity('pneumonia', 'infection of the lung, seen as a patchy or lobar white area, most often in a lower zone',
-           ('pneumonias', 'pneumonic', 'bronchopneumonia', 'pneumonitis', 'infectious process',
-            'airspace infection'), _ZONES),
+           ('pneumonias', 'pneumonic', 'bronchopneumonia', 'pneumonitis', 'infectious process', 'airspace infection'), _ZONES),
     Entity('atelectasis', 'lung that has lost volume, seen as a band or wedge of density with neighbouring structures drawn towards it',
-           ('atelectases', 'atelectatic', 'volume loss', 'subsegmental collapse', 'collapse',
-            'atelectatic changes'), _LOWER),)
+           ('atelectases', 'atelectatic', 'volume loss', 'subsegmental collapse', 'collapse', 'atelectatic changes'), _LOWER),)
 
 # %% ../../nbs/data/11_knowledge.ipynb #dbffb9df
 _FLUID_AND_HEART: tuple[Entity, ...] = (
     Entity('pulmonary edema', 'fluid in the interstitium and air spaces, spreading from both hila with blurred vessels and septal lines',
-           ('edema', 'oedema', 'vascular congestion', 'pulmonary congestion', 'interstitial congestion', 'kerley b lines', 'pulmonary vascular engorgement',
-            'venous congestion', 'vascular engorgement', 'cephalization', 'pulmonary venous hypertension', 'kerley b', 'fluid overload', 'volume overload', 'vascular prominence'), _HILA + _LUNGS),
+           ('edema', 'oedema', 'vascular congestion', 'pulmonary congestion', 'interstitial congestion', 'kerley b lines',
+            'pulmonary vascular engorgement', 'venous congestion', 'vascular engorgement', 'cephalization', 'pulmonary venous hypertension', 'kerley b',
+            'fluid overload', 'volume overload', 'vascular prominence'), _HILA + _LUNGS),
     Entity('pleural effusion', 'fluid between lung and chest wall that blunts the costophrenic angle and rises along the wall as a meniscus',
-           ('effusion', 'effusions', 'pleural effusions', 'pleural fluid', 'hydrothorax', 'blunting of the costophrenic angle', 'costophrenic angle blunting'), _ANGLES + _LOWER),
+           ('effusion', 'effusions', 'pleural effusions', 'pleural fluid', 'hydrothorax', 'blunting of the costophrenic angle',
+            'costophrenic angle blunting'), _ANGLES + _LOWER),
     Entity('pneumothorax', 'air in the pleural space, seen as a black rim without lung markings beyond a thin pleural line, usually at the apex',
            ('pneumothoraces', 'pneumothoraxes', 'hydropneumothorax'), _APICES + ('right upper lung zone', 'left upper lung zone')),
     Entity('cardiomegaly', 'a heart wider than half of the chest on a frontal picture',
-           ('enlarged heart', 'enlarged cardiac silhouette', 'cardiac enlargement', 'heart is enlarged', 'cardiac silhouette is enlarged', 'heart size is enlarged'), ('cardiac silhouette',)),)
+           ('enlarged heart', 'enlarged cardiac silhouette', 'cardiac enlargement', 'heart is enlarged', 'cardiac silhouette is enlarged',
+            'heart size is enlarged'), ('cardiac silhouette',)),)
 
 # %% ../../nbs/data/11_knowledge.ipynb #390ec8da
 _LESIONS: tuple[Entity, ...] = (
     Entity('nodule', 'a round, well-defined white spot in the lung, smaller than three centimetres',
-           ('nodules', 'nodular density', 'nodular opacity', 'nodular opacities',
-            'nodular densities', 'nodularity', 'nodular'), _ZONES),
+           ('nodules', 'nodular density', 'nodular opacity', 'nodular opacities', 'nodular densities', 'nodularity', 'nodular'), _ZONES),
     Entity('mass', 'a round or lobulated white lesion in the lung, larger than three centimetres',
            ('masses', 'mass-like', 'masslike'), _ZONES),
     Entity('hyperinflation', 'lungs holding too much air, large and dark with flattened diaphragms and a narrow heart',
-           ('hyperinflated', 'hyperexpanded', 'hyperexpansion', 'hyperlucent', 'emphysema', 'emphysematous', 'flattened diaphragms', 'flattening of the diaphragm', 'flattening of the diaphragms', 'copd',
-            'hyperdistention', 'hyperdistended', 'hyperaeration', 'hyperaerated', 'hyperlucency', 'overinflated', 'overinflation', 'flattened diaphragm', 'flattened hemidiaphragms', 'flattened hemidiaphragm', 'flattening of the hemidiaphragms', 'flattening of diaphragms', 'chronic obstructive pulmonary disease', 'obstructive lung disease', 'large lung volumes', 'increased lung volumes'), _LUNGS),
+           ('hyperinflated', 'hyperexpanded', 'hyperexpansion', 'hyperlucent', 'emphysema', 'emphysematous', 'flattened diaphragms',
+            'flattening of the diaphragm', 'flattening of the diaphragms', 'copd', 'hyperdistention', 'hyperdistended', 'hyperaeration', 'hyperaerated',
+            'hyperlucency', 'overinflated', 'overinflation', 'flattened diaphragm', 'flattened hemidiaphragms', 'flattened hemidiaphragm',
+            'flattening of the hemidiaphragms', 'flattening of diaphragms', 'chronic obstructive pulmonary disease', 'obstructive lung disease',
+            'large lung volumes', 'increased lung volumes'), _LUNGS),
     Entity('fibrosis', 'scarring of the lung, seen as coarse lines and a net-like pattern with loss of volume',
-           ('fibrotic', 'scarring', 'scar', 'scars', 'interstitial lung disease', 'reticulation', 'reticular pattern',
-            'cicatrix', 'interstitial fibrosis', 'fibrotic changes'), _ZONES),
+           ('fibrotic', 'scarring', 'scar', 'scars', 'interstitial lung disease', 'reticulation', 'reticular pattern', 'cicatrix',
+            'interstitial fibrosis', 'fibrotic changes'), _ZONES),
     Entity('pleural thickening', 'a thick white line along the chest wall or over the apex where the pleura is scarred',
-           ('thickened pleura', 'pleural scarring', 'pleural plaque', 'pleural plaques', 'apical cap',
-            'pleural scar', 'apical capping', 'pleural calcification', 'pleural calcifications'), _APICES + _ANGLES),)
+           ('thickened pleura', 'pleural scarring', 'pleural plaque', 'pleural plaques', 'apical cap', 'pleural scar', 'apical capping',
+            'pleural calcification', 'pleural calcifications'), _APICES + _ANGLES),)
 
 # %% ../../nbs/data/11_knowledge.ipynb #9d03d80e
 _OTHER: tuple[Entity, ...] = (
     Entity('fracture', 'a break in a rib or clavicle, seen as a step or a dark line across the bone',
-           ('fractures', 'fractured', 'broken rib',
-            'rib fx'), _LUNGS + ('right clavicle', 'left clavicle')),
+           ('fractures', 'fractured', 'broken rib', 'rib fx'), _LUNGS + ('right clavicle', 'left clavicle')),
     Entity('hiatal hernia', 'stomach that has risen through the diaphragm, seen as a rounded shadow behind the heart, often with an air-fluid level',
            ('hernia', 'hiatus hernia', 'hiatal hernias'), ('mediastinum', 'cardiac silhouette')),
     Entity('mediastinal widening', 'a mediastinum broader than usual at the level of the aortic arch',
-           ('widened mediastinum', 'mediastinal enlargement', 'enlarged mediastinum', 'mediastinum is widened', 'enlarged cardiomediastinal silhouette'), ('mediastinum', 'upper mediastinum')),
+           ('widened mediastinum', 'mediastinal enlargement', 'enlarged mediastinum', 'mediastinum is widened', 'enlarged cardiomediastinal silhouette'),
+           ('mediastinum', 'upper mediastinum')),
     Entity('granuloma', 'a small, very dense, calcified spot left by an old infection',
-           ('granulomas', 'granulomata', 'granulomatous disease', 'calcified nodule', 'calcified nodules', 'calcified granuloma', 'calcified granulomas',
-            'granulomatous changes', 'granulomatous calcification', 'granulomatous calcifications', 'granulomatous'), _ZONES + _HILA),
+           ('granulomas', 'granulomata', 'granulomatous disease', 'calcified nodule', 'calcified nodules', 'calcified granuloma',
+            'calcified granulomas', 'granulomatous changes', 'granulomatous calcification', 'granulomatous calcifications', 'granulomatous'), _ZONES + _HILA),
     Entity('support device', 'a tube, line, lead or pacemaker, seen as a very white, smooth and sharp-edged shape of even width',
-           ('endotracheal tube', 'nasogastric tube', 'enteric tube', 'tracheostomy', 'central line', 'central venous catheter', 'picc', 'port-a-cath', 'catheter', 'pacemaker', 'chest tube', 'et tube', 'ng tube', 'sternotomy wires', 'icd', 'pacing leads',
-            'pacer', 'defibrillator', 'aicd', 'port', 'mediport', 'portacath', 'dialysis catheter', 'feeding tube', 'tracheostomy tube', 'catheters', 'picc line', 'cardiac device', 'prosthetic valve', 'valve prosthesis', 'central lines', 'venous line', 'monitor leads', 'telemetry leads', 'stimulator', 'electronic device', 'pulse generator', 'generator', 'tube', 'lead', 'leads'), ('trachea', 'svc', 'mediastinum', 'left clavicle')),)
+           ('endotracheal tube', 'nasogastric tube', 'enteric tube', 'tracheostomy', 'central line', 'central venous catheter', 'picc', 'port-a-cath',
+            'catheter', 'pacemaker', 'chest tube', 'et tube', 'ng tube', 'sternotomy wires', 'icd', 'pacing leads', 'pacer', 'defibrillator', 'aicd',
+            'port', 'mediport', 'portacath', 'dialysis catheter', 'feeding tube', 'tracheostomy tube', 'catheters', 'picc line', 'cardiac device',
+            'prosthetic valve', 'valve prosthesis', 'central lines', 'venous line', 'monitor leads', 'telemetry leads', 'stimulator',
+            'electronic device', 'pulse generator', 'generator', 'tube', 'lead', 'leads'), ('trachea', 'svc', 'mediastinum', 'left clavicle')),)
 
 # %% ../../nbs/data/11_knowledge.ipynb #637ef733
 ENTITIES: tuple[Entity, ...] = _AIRSPACE + _FLUID_AND_HEART + _LESIONS + _OTHER
@@ -134,8 +139,8 @@ def prompt(entity: str, # a name or synonym
     return f'{e.name} in the {region}: {e.description}'
 
 # %% ../../nbs/data/11_knowledge.ipynb #d547495c
-_SKIPPED = ('indications?', 'history', 'clinical (?:history|information|indications?|data)', 'reason for (?:the )?(?:exam|examination|study)', 'comparisons?', 'techniques?',
-            'examination', 'exam', 'procedure', 'study', 'views?', 'recommendations?')
+_SKIPPED = ('indications?', 'history', 'clinical (?:history|information|indications?|data)', 'reason for (?:the )?(?:exam|examination|study)',
+            'comparisons?', 'techniques?', 'examination', 'exam', 'procedure', 'study', 'views?', 'recommendations?')
 _READ = ('findings?', 'impressions?', 'conclusions?', 'report', 'opinion', 'interpretation')
 _HEADER = re.compile(rf'(?:^|(?<=[\s.]))(?:(?P<skip>{"|".join(_SKIPPED)})|(?P<read>{"|".join(_READ)}))\s*:')
 
@@ -156,12 +161,25 @@ def _sentences(text: str) -> list[str]:
     return [re.sub(r'([,/()])', r' \1 ', s).replace('  ', ' ') for s in out if s.strip(' .,')]
 
 # %% ../../nbs/data/11_knowledge.ipynb #795efa71
-_MASKED = re.compile('|'.join((
-    r'\b(?:pericardial|joint|subdural|knee|hip) effusions?', r'\b(?:subcutaneous|soft tissue|mediastinal|chest wall) (?:emphysema|edema|air)',
-    r'\bsoft tissue (?:mass|masses|nodules?|scar\w*)', r'\bcystic fibrosis', r'\b(?:umbilical|inguinal|ventral|incisional|abdominal|bochdalek|morgagni|diaphragmatic) hernia',
-    r'\b(?:thyroid|adrenal|breast) (?:nodules?|mass|masses)', r'\b(?:breast|skin|surgical|incision\w*) scar\w*', r'\bcollapse of (?:a|the|\w+) vertebra\w*', r'\bbody mass',
-    r'\bmass effect', r'\bvertebral (?:body )?collapse', r'\b(?:air|portable|upright) port\b', r'\bport(?:able)? (?:chest|ap|view|film)', r'\bnodular (?:contour|diaphragm)',
-    r'\bpulmonary embol\w+', r'\bopaque', r'\bopacity of the (?:bowel|abdomen)')))
+_MASK_TABLE: tuple[tuple[str, str], ...] = (           # regex, a sentence with no entity
+    (r'\b(?:pericardial|joint|subdural|knee|hip) effusions?', 'Small pericardial effusion.'),
+    (r'\b(?:subcutaneous|soft tissue|mediastinal|chest wall) (?:emphysema|edema|air)', 'Subcutaneous emphysema in the neck.'),
+    (r'\bsoft tissue (?:mass|masses|nodules?|scar\w*)', 'Soft tissue mass of the arm.'),
+    (r'\bcystic fibrosis', 'Cystic fibrosis.'),
+    (r'\b(?:umbilical|inguinal|ventral|incisional|abdominal|bochdalek|morgagni|diaphragmatic) hernia', 'Ventral hernia.'),
+    (r'\b(?:thyroid|adrenal|breast) (?:nodules?|mass|masses)', 'Thyroid nodule.'),
+    (r'\b(?:breast|skin|surgical|incision\w*) scar\w*', 'Surgical scar over the chest.'),
+    (r'\bcollapse of (?:a|the|\w+) vertebra\w*', 'Collapse of a vertebra.'),
+    (r'\bbody mass', 'High body mass index.'),
+    (r'\bmass effect', 'There is mass effect.'),
+    (r'\bvertebral (?:body )?collapse', 'Vertebral body collapse.'),
+    (r'\b(?:air|portable|upright) port\b', 'Upright port view.'),
+    (r'\bport(?:able)? (?:chest|ap|view|film)', 'Port chest.'),
+    (r'\bnodular (?:contour|diaphragm)', 'Nodular contour of the liver.'),
+    (r'\bpulmonary embol\w+', 'Pulmonary embolism.'),
+    (r'\bopaque', 'Radio opaque marker.'),
+    (r'\bopacity of the (?:bowel|abdomen)', 'Opacity of the bowel.'))
+_MASKED = re.compile('|'.join(p for p, _ in _MASK_TABLE))
 
 def _words(terms) -> str:
     "Alternation of literal terms, longest first, at word boundaries."
@@ -172,43 +190,85 @@ _LEXICON = re.compile(_words(_BY_NAME))
 # %% ../../nbs/data/11_knowledge.ipynb #fb7f5e26
 _HEART = r'(?:heart|cardiac|cardiopericardial)(?: (?:size|silhouette|shadow|contours?))*'
 _MED = r'(?:cardio ?mediastinal|mediastinal|mediastinum|mediastinal silhouette)'
-_GAP = r'(?:(?! (?:lungs?|aorta|aortic|pulmonary|arter\w+|not|no|normal|unremarkable|without|within|but|vascul\w+|hil\w+)\b) [a-z]+){0,5}?'
+_ANGLE = r'(?:costophrenic|costo phrenic|cp)'
+_GAP = (r'(?:(?! (?:lungs?|aorta|aortic|pulmonary|arter\w+|not|no|normal|unremarkable|without|within|but|vascul\w+|hil\w+)\b)'
+        r' [a-z]+){0,5}?')                             # up to five words, none of which starts another subject or denies
 _BIG = r'(?:enlarged|enlargement|large|larger|globular)'
-_PATTERNS: tuple[tuple[str, re.Pattern], ...] = tuple((n, re.compile(p)) for n, p in (
-    ('cardiomegaly', rf'\b{_HEART}{_GAP} {_BIG}\b'), ('cardiomegaly', rf'\b{_BIG}(?: (?:of|the|appearance|appearing)){{0,3}} {_HEART}\b(?! (?:and )?(?:pulmonary|lungs?))'),
-    ('cardiomegaly', r'\b(?:increased|prominent) (?:heart|cardiac) (?:size|silhouette)'), ('cardiomegaly', rf'\b{_HEART}{_GAP} prominent\b'),
-    ('cardiomegaly', r'\bprominence of the (?:heart|cardiac silhouette)'),
-    ('mediastinal widening', rf'\b{_MED}(?: (?:silhouette|contours?|shadow))?{_GAP} (?:widened|widening|enlarged|enlargement)\b'),
-    ('mediastinal widening', rf'\b(?:widened|widening|enlarged|enlargement|prominence|prominent)(?: (?:of|the|superior|upper|appearance)){{0,4}} {_MED}'),
-    ('pleural effusion', r'\bblunt(?:ing|ed)\b[a-z ]{0,40}(?:costophrenic|costo phrenic|cp) (?:angles?|sulc\w+|recess\w*|xxxx)'),
-    ('pleural effusion', r'\b(?:costophrenic|costo phrenic|cp) (?:angles?|sulc\w+|recess\w*|xxxx)(?:(?! (?:not|no|sharp|clear)\b) [a-z]+){0,6}? (?:blunt\w*|obscured)'),
-    ('pleural effusion', r'\bfluid (?:in|within|along) the [a-z ]{0,20}(?:fissures?|pleural space)'),
-    ('granuloma', r'\bcalcified(?: (?!and\b|or\b|with\b)[a-z]+){0,4}? (?:nodules?|granuloma\w*|nodes?)'), ('granuloma', r'\b(?:nodules?|nodes?) (?:is|are|which is|appears?) calcified'),
-    ('pleural thickening', r'\b(?:pleural|pleura|biapical|apical)(?: [a-z]+){0,3}? thickening'), ('pleural thickening', r'\bthickening of the [a-z ]{0,20}pleura'),
-    ('hyperinflation', r'\b(?:hemi)?diaphragms? [a-z ]{0,20}flatten\w+'), ('hyperinflation', r'\bflatten\w+ [a-z ]{0,20}\b(?:hemi)?diaphragm\w*'),
-    ('hyperinflation', r'\blungs? [a-z ]{0,30}(?:over ?expanded|hyper ?inflated)'),
-    ('pulmonary edema', r'\b(?:pulmonary )?(?:vascul\w+|vessels?)(?: (?:is|are|appears?|mildly|slightly|remains?|markings?|with))* (?:congest\w+|engorge\w+|indistinct|cephali[sz]ed|redistribut\w+)'),
-    ('pulmonary edema', r'\b(?:increased|prominen\w+|indistinct)(?: (?:of|the|central|pulmonary|lung)){0,4} vascul(?:arity|ature)'),
-    ('pulmonary edema', r'\b(?:pulmonary|lung|central) vascul\w+(?: (?:is|are|mildly|remains?|markings)){0,3} (?:increased|prominen\w+)'),
-    ('support device', r'\btip (?:is |projects |projecting |visualized |seen |terminat\w+ |overl\w+ |now )*(?:in|over|at|within|near)(?: the)?(?: (?:mid|lower|upper|distal|proximal|right))* (?:svc|superior vena cava|cavoatrial|atri\w+)'),
-    ('lung opacity', r'\b(?:patchy|airspace|air space|alveolar|hazy|streaky|ground glass|parenchymal|focal|ill defined|increased|pulmonary|basilar|bibasilar|bibasal|lobe|base) (?:densit(?:y|ies)|disease)'),
-    ('support device', r'\b(?:lead|leads|line|tube|catheter|wires?)(?= (?:tips?|is|are|terminat\w+|projects?|ends?|in|overl\w+)\b)')))
-_BORDERLINE = re.compile(rf'\b{_HEART}(?:(?! lungs?) [a-z]+){{0,6}}? (?:(?:upper|high) (?:limits? of )?normal|top normal|borderline|upper limits?)|\bborderline (?:size of the |sized? )?(?:heart|cardiac)(?: size| silhouette)?(?! enlarg)|\bupper limits? of normal (?:heart|cardiac)')
+_HEART_PATTERNS: tuple[tuple[str, str, str], ...] = (  # entity, regex, a sentence that states it
+    ('cardiomegaly', rf'\b{_HEART}{_GAP} {_BIG}\b', 'The heart is mildly enlarged.'),
+    ('cardiomegaly', rf'\b{_BIG}(?: (?:of|the|appearance|appearing)){{0,3}} {_HEART}\b(?! (?:and )?(?:pulmonary|lungs?))',
+     'Enlargement of the cardiac silhouette.'),
+    ('cardiomegaly', r'\b(?:increased|prominent) (?:heart|cardiac) (?:size|silhouette)', 'Increased heart size.'),
+    ('cardiomegaly', rf'\b{_HEART}{_GAP} prominent\b', 'The cardiac silhouette is prominent.'),
+    ('cardiomegaly', r'\bprominence of the (?:heart|cardiac silhouette)', 'Prominence of the cardiac silhouette.'),
+    ('mediastinal widening', rf'\b{_MED}(?: (?:silhouette|contours?|shadow))?{_GAP} (?:widened|widening|enlarged|enlargement)\b',
+     'The mediastinal contour is widened.'),
+    ('mediastinal widening', rf'\b(?:widened|widening|enlarged|enlargement|prominence|prominent)(?: (?:of|the|superior|upper|appearance)){{0,4}} {_MED}',
+     'Widening of the superior mediastinum.'))
+
+# %% ../../nbs/data/11_knowledge.ipynb #f8a6581e
+_PLEURA_PATTERNS: tuple[tuple[str, str, str], ...] = ( # entity, regex, a sentence that states it
+    ('pleural effusion', r'\bblunt(?:ing|ed)\b[a-z ]{0,40}' + _ANGLE + r' (?:angles?|sulc\w+|recess\w*|xxxx)', 'Blunting of the right costophrenic angle.'),
+    ('pleural effusion', r'\b' + _ANGLE + r' (?:angles?|sulc\w+|recess\w*|xxxx)(?:(?! (?:not|no|sharp|clear)\b) [a-z]+){0,6}? (?:blunt\w*|obscured)',
+     'The left costophrenic angle is slightly blunted.'),
+    ('pleural effusion', r'\bfluid (?:in|within|along) the [a-z ]{0,20}(?:fissures?|pleural space)', 'Fluid in the minor fissure.'),
+    ('granuloma', r'\bcalcified(?: (?!and\b|or\b|with\b)[a-z]+){0,4}? (?:nodules?|granuloma\w*|nodes?)', 'Calcified right hilar lymph nodes.'),
+    ('granuloma', r'\b(?:nodules?|nodes?) (?:is|are|which is|appears?) calcified', 'The nodules are calcified.'),
+    ('pleural thickening', r'\b(?:pleural|pleura|biapical|apical)(?: [a-z]+){0,3}? thickening', 'Biapical pleural thickening.'),
+    ('pleural thickening', r'\bthickening of the [a-z ]{0,20}pleura', 'Thickening of the apical pleura.'))
+_LUNG_PATTERNS: tuple[tuple[str, str, str], ...] = (
+    ('hyperinflation', r'\b(?:hemi)?diaphragms? [a-z ]{0,20}flatten\w+', 'The diaphragms are flattened.'),
+    ('hyperinflation', r'\bflatten\w+ [a-z ]{0,20}\b(?:hemi)?diaphragm\w*', 'Flattening of both hemidiaphragms.'),
+    ('hyperinflation', r'\blungs? [a-z ]{0,30}(?:over ?expanded|hyper ?inflated)', 'The lungs are overexpanded.'),
+    ('pulmonary edema', r'\b(?:pulmonary )?(?:vascul\w+|vessels?)(?: (?:is|are|appears?|mildly|slightly|remains?|markings?|with))*'
+                        r' (?:congest\w+|engorge\w+|indistinct|cephali[sz]ed|redistribut\w+)', 'The pulmonary vessels are indistinct.'),
+    ('pulmonary edema', r'\b(?:increased|prominen\w+|indistinct)(?: (?:of|the|central|pulmonary|lung)){0,4} vascul(?:arity|ature)',
+     'Prominence of the pulmonary vasculature.'),
+    ('pulmonary edema', r'\b(?:pulmonary|lung|central) vascul\w+(?: (?:is|are|mildly|remains?|markings)){0,3} (?:increased|prominen\w+)',
+     'The pulmonary vascularity is mildly increased.'),
+    ('support device', r'\btip (?:is |projects |projecting |visualized |seen |terminat\w+ |overl\w+ |now )*(?:in|over|at|within|near)(?: the)?'
+                       r'(?: (?:mid|lower|upper|distal|proximal|right))* (?:svc|superior vena cava|cavoatrial|atri\w+)',
+     'Its tip projects over the lower SVC.'),
+    ('lung opacity', r'\b(?:patchy|airspace|air space|alveolar|hazy|streaky|ground glass|parenchymal|focal|ill defined|increased'
+                     r'|pulmonary|basilar|bibasilar|bibasal|lobe|base) (?:densit(?:y|ies)|disease)', 'Patchy density at the base.'),
+    ('support device', r'\b(?:lead|leads|line|tube|catheter|wires?)(?= (?:tips?|is|are|terminat\w+|projects?|ends?|in|overl\w+)\b)', 'A line is in place.'))
+
+# %% ../../nbs/data/11_knowledge.ipynb #be12ee31
+_PATTERNS: tuple[tuple[str, re.Pattern], ...] = tuple((n, re.compile(p)) for n, p, _ in _HEART_PATTERNS + _PLEURA_PATTERNS + _LUNG_PATTERNS)
+_BORDERLINE_TABLE: tuple[tuple[str, str], ...] = (     # regex, a sentence of a borderline heart
+    (rf'\b{_HEART}(?:(?! lungs?) [a-z]+){{0,6}}? (?:(?:upper|high) (?:limits? of )?normal|top normal|borderline|upper limits?)',
+     'Heart size is at the upper limits of normal.'),
+    (r'\bborderline (?:size of the |sized? )?(?:heart|cardiac)(?: size| silhouette)?(?! enlarg)', 'Borderline heart size.'),
+    (r'\bupper limits? of normal (?:heart|cardiac)', 'Upper limits of normal cardiac size.'))
+_BORDERLINE = re.compile('|'.join(p for p, _ in _BORDERLINE_TABLE))
 
 # %% ../../nbs/data/11_knowledge.ipynb #ab1569e8
 _OK = r'(?:normal|within (?:the )?(?:normal|limits of normal)|unremarkable|not (?:significantly |grossly )?(?:enlarged|widened))\b'
-_TO = r"(?:(?! (?:enlarg\w+|wid\w+|lungs? (?:is|are)|large|prominent|borderline|upper limits?|abnormal|shift\w*|top|but)\b) (?:[a-z']+|,|/)){0,14}?"
-_NORMAL: tuple[tuple[re.Pattern, tuple[str, ...]], ...] = tuple((re.compile(p), n) for p, n in (
-    (rf'\b(?:cardio ?mediastinal|cardiac and mediastinal|heart and mediastin\w+|heart , [a-z ,]*mediastin\w+)(?: (?:silhouettes?|contours?))?{_TO} {_OK}', ('cardiomegaly', 'mediastinal widening')),
-    (r'\bnormal (?:size of the )?(?:cardio ?mediastinal|cardiac and mediastinal|heart and mediastin\w+)', ('cardiomegaly', 'mediastinal widening')),
-    (rf'\b(?:heart|cardiac)\b{_TO} {_OK}', ('cardiomegaly',)), (r'\bnormal (?:size of the |sized? )?(?:heart|cardiac)', ('cardiomegaly',)),
-    (rf'\bmediastin(?:um|al)\b{_TO} {_OK}', ('mediastinal widening',)), (r'\bnormal mediastin\w+', ('mediastinal widening',)),
-    (r'\blungs?(?: (?:fields?|bases|parenchyma))?(?:(?! (?:not|no|opaci\w+|consolidat\w+)\b) (?:[a-z]+|,)){0,7}? clear\b(?! of| except)', ('lung opacity', 'consolidation')),
-    (r'\b(?:clear|normal) lungs\b(?! volumes?)', ('lung opacity', 'consolidation')),
-    (r'\b(?:costophrenic|costo phrenic|cp) (?:angles?|sulc\w+|recess\w*)(?:(?! (?:not|blunt\w*)\b) [a-z]+){0,4}? (?:sharp|clear|preserved|maintained|not blunted|intact|unremarkable)', ('pleural effusion',)),
-    (r'\bpleural (?:spaces?|surfaces?)(?: [a-z]+){0,3}? (?:clear|normal|unremarkable)', ('pleural effusion', 'pneumothorax')),
-    (rf'\b(?:pulmonary )?(?:vascularity|vasculature|vessels|vascular markings)(?: (?:is|are|appears?|markings?|and|hila)){{0,3}} {_OK}|\bnormal (?:pulmonary )?(?:vascularity|vasculature)', ('pulmonary edema',)),
-    (r'\b(?:ribs?|bones|bony|osseous)(?: [a-z]+){0,6}? intact', ('fracture',)), (r'\b(?:normally|normal|well) (?:inflated|aerated)|\bnormal lung volumes', ('hyperinflation',))))
+_TO = (r"(?:(?! (?:enlarg\w+|wid\w+|lungs? (?:is|are)|large|prominent|borderline|upper limits?|abnormal|shift\w*|top|but)\b)"
+       r" (?:[a-z']+|,|/)){0,14}?")                    # up to 14 words from the subject to `_OK`
+_BOTH = r'(?:cardio ?mediastinal|cardiac and mediastinal|heart and mediastin\w+'
+_NORMAL_HEART: tuple[tuple[tuple[str, ...], str, str], ...] = ( # entities denied, regex, a sentence that denies them
+    (('cardiomegaly', 'mediastinal widening'), rf'\b{_BOTH}|heart , [a-z ,]*mediastin\w+)(?: (?:silhouettes?|contours?))?{_TO} {_OK}',
+     'The cardiomediastinal silhouette is within normal limits.'),
+    (('cardiomegaly', 'mediastinal widening'), rf'\bnormal (?:size of the )?{_BOTH})', 'Normal heart and mediastinum.'),
+    (('cardiomegaly',), rf'\b(?:heart|cardiac)\b{_TO} {_OK}', 'The heart size is normal.'),
+    (('cardiomegaly',), r'\bnormal (?:size of the |sized? )?(?:heart|cardiac)', 'Normal sized heart.'),
+    (('mediastinal widening',), rf'\bmediastin(?:um|al)\b{_TO} {_OK}', 'The mediastinum is unremarkable.'),
+    (('mediastinal widening',), r'\bnormal mediastin\w+', 'Normal mediastinal contours.'))
+
+# %% ../../nbs/data/11_knowledge.ipynb #788ab497
+_NORMAL_LUNG: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (('lung opacity', 'consolidation'), r'\blungs?(?: (?:fields?|bases|parenchyma))?(?:(?! (?:not|no|opaci\w+|consolidat\w+)\b) (?:[a-z]+|,)){0,7}?'
+                                        r' clear\b(?! of| except)', 'The lungs remain grossly clear.'),
+    (('lung opacity', 'consolidation'), r'\b(?:clear|normal) lungs\b(?! volumes?)', 'Clear lungs.'),
+    (('pleural effusion',), r'\b' + _ANGLE + r' (?:angles?|sulc\w+|recess\w*)(?:(?! (?:not|blunt\w*)\b) [a-z]+){0,4}?'
+                            r' (?:sharp|clear|preserved|maintained|not blunted|intact|unremarkable)', 'The costophrenic angles are sharp.'),
+    (('pleural effusion', 'pneumothorax'), r'\bpleural (?:spaces?|surfaces?)(?: [a-z]+){0,3}? (?:clear|normal|unremarkable)', 'The pleural spaces are clear.'),
+    (('pulmonary edema',), rf'\b(?:pulmonary )?(?:vascularity|vasculature|vessels|vascular markings)(?: (?:is|are|appears?|markings?|and|hila)){{0,3}} {_OK}'
+                           r'|\bnormal (?:pulmonary )?(?:vascularity|vasculature)', 'Pulmonary vascularity is normal.'),
+    (('fracture',), r'\b(?:ribs?|bones|bony|osseous)(?: [a-z]+){0,6}? intact', 'The bony structures are intact.'),
+    (('hyperinflation',), r'\b(?:normally|normal|well) (?:inflated|aerated)|\bnormal lung volumes', 'The lungs are well aerated.'))
+_NORMAL: tuple[tuple[re.Pattern, tuple[str, ...]], ...] = tuple((re.compile(p), n) for n, p, _ in _NORMAL_HEART + _NORMAL_LUNG)
 
 # %% ../../nbs/data/11_knowledge.ipynb #5082697d
 def _mentions(clause: str) -> list[tuple[int, int, str, int | None]]:
@@ -227,11 +287,13 @@ def _mentions(clause: str) -> list[tuple[int, int, str, int | None]]:
     return sorted(out)
 
 # %% ../../nbs/data/11_knowledge.ipynb #34c45c01
-_TERMINATOR = re.compile(r'\b(?:but|however|although|though|nevertheless|whereas|while|yet|despite|except(?:ing)?(?: for)?|with (?:the )?exception of|other than|aside from|apart from|otherwise)\b')
+_TERMINATOR = re.compile(r'\b(?:but|however|although|though|nevertheless|whereas|while|yet|despite|except(?:ing)?(?: for)?|with (?:the )?exception of'
+                         r'|other than|aside from|apart from|otherwise)\b')
 _VERB = r'(?:is|are|was|were|has|have|appears?|remains?|persists?|shows?|demonstrates?)'
 _HAS_VERB = re.compile(rf'\b(?:{_VERB}|noted|seen|identified|present)\b|^\s*(?:there\b|no\b|without\b)')
 _NEW_SUBJECT = re.compile(rf'\s*(?:there\b|(?:(?!and\b|or\b|nor\b|no\b)[a-z]+ ){{1,5}}{_VERB}\b)')
-_NEW_STATE = re.compile(r'\s*(?:stable|unchanged|persistent|again|mild|moderate|minimal|increas\w+|decreas\w+|worsen\w+|chronic|old|possible|possibly|probabl\w+|likely|suspected|questionable|borderline|may\b|with\b)')
+_NEW_STATE = re.compile(r'\s*(?:stable|unchanged|persistent|again|mild|moderate|minimal|increas\w+|decreas\w+|worsen\w+|chronic|old'
+                        r'|possible|possibly|probabl\w+|likely|suspected|questionable|borderline|may\b|with\b)')
 
 def _clauses(sentence: str) -> list[str]:
     "The parts of a sentence in which one word of negation or doubt can act."
@@ -247,20 +309,65 @@ def _clauses(sentence: str) -> list[str]:
     return [c.strip() for c in out if c.strip()]
 
 # %% ../../nbs/data/11_knowledge.ipynb #a1726c0f
-_PSEUDO = re.compile(r'\b(?:(?:no|without|not)(?: (?:significant|significantly|interval|definite|appreciable|much|substantial|gross|major))* (?:change[ds]?|increased?|decreased?|improvement|worsening|progression)(?: (?:in|of|from|to))?'
-                     r'|not only|no further|not (?:completely|fully|entirely|yet) (?:resolved|cleared)|not resolved|(?:partial|incomplete|near|near complete) resolution|(?:partially|nearly|almost|incompletely|not) (?:resolved|cleared|removed))\b')
-_PRE_NEG = re.compile(r"\b(?:no|not|without|free of|free from|negative for|clear of|cleared of|absence of|absent|resolution of|resolved|removal of|lack of|nor|neither|never|rather than|instead of|den(?:y|ies)|excludes?|isn't|aren't|doesn't|cannot see)\b(?! excluded)")
-_POST_NEG = re.compile(rf"\b(?:(?:{_VERB}|been|now|completely|since|interval|not|no longer) ?)*(?:not (?:\w+ )?(?:seen|identified|evident|present|visuali[sz]ed|appreciated|demonstrated|noted|apparent|detected|observed|suspected|found)|within (?:the )?(?:normal limits|limits of normal)"
-                       r"|no longer (?:\w+ )?(?:seen|identified|evident|present|visuali[sz]ed|appreciated|apparent|visible)|resolved|absent|cleared|ruled out|excluded|removed|removal|negative)\b")
-_PRE_DOUBT = re.compile(r"\b(?:may|might|could|can represent|possibility of|question of|question|suspicious for|suspicion (?:of|for)|suggest\w*(?: of)?|concern(?:ing)? for|worrisome for|versus|vs|equivocal"
-                        r"|(?:cannot|can not|can't|unable to|difficult to|not) (?:be )?(?:entirely |completely |absolutely )?(?:exclude|rule out)|consider|perhaps|presum\w+|differential|unlikely|less likely|doubtful)\b")
-_ADJ_DOUBT = re.compile(r'\b(?:possible|possibly|probable|probably|likely|questionable|suspected|borderline|equivocal|potential)\b')
-_POST_DOUBT = re.compile(rf"\b(?:(?:cannot|can not|can't|could not|not|difficult to)(?: be)?(?: \w+)? (?:exclude|excluded|ruled out)|(?:{_VERB}|be) (?:\w+ )?(?:possible|suspected|likely|unlikely|questioned|questionable|considered|doubtful|equivocal|suggested)"
-                         r"|less likely|not (?:entirely |completely )?excluded|(?:could|should|may|might|would) be (?:considered|a consideration)|(?:suspected|questioned)$|of question|in the differential)\b")
+def _alternation(table: tuple[tuple[str, str], ...]) -> str: "The regexes of a table of cues as one."; return '|'.join(p for p, _ in table)
+
+_PSEUDO_TABLE: tuple[tuple[str, str], ...] = (         # regex, a sentence whose effusion is there
+    (r'(?:no|without|not)(?: (?:significant|significantly|interval|definite|appreciable|much|substantial|gross|major))*'
+     r' (?:change[ds]?|increased?|decreased?|improvement|worsening|progression)(?: (?:in|of|from|to))?', 'No significant interval change in the effusion.'),
+    (r'not only', 'Not only an effusion.'),
+    (r'no further', 'No further effusion.'),
+    (r'not (?:completely|fully|entirely|yet) (?:resolved|cleared)', 'The effusion has not completely resolved.'),
+    (r'not resolved', 'The effusion has not resolved.'),
+    (r'(?:partial|incomplete|near|near complete) resolution', 'Partial resolution of the effusion.'),
+    (r'(?:partially|nearly|almost|incompletely|not) (?:resolved|cleared|removed)', 'The effusion has partially cleared.'))
+_PSEUDO = re.compile(rf'\b(?:{_alternation(_PSEUDO_TABLE)})\b')
+
+# %% ../../nbs/data/11_knowledge.ipynb #efd0f96f
+_PRE_NEG_TABLE: tuple[tuple[str, str], ...] = (        # regex before, a sentence that denies an effusion
+    (r'no|not|without', 'Lungs without effusion.'),
+    (r'free of|free from|negative for|clear of|cleared of', 'Negative for effusion.'),
+    (r'absence of|absent|resolution of|resolved|removal of|lack of', 'Interval resolution of the effusion.'),
+    (r'nor|neither|never|rather than|instead of', 'Atelectasis rather than effusion.'),
+    (r"den(?:y|ies)|excludes?|isn't|aren't|doesn't|cannot see", 'This excludes an effusion.'))
+_PRE_NEG = re.compile(rf'\b(?:{_alternation(_PRE_NEG_TABLE)})\b(?! excluded)')
+_POST_NEG_TABLE: tuple[tuple[str, str], ...] = (       # regex after, a sentence that denies an effusion
+    (r'not (?:\w+ )?(?:seen|identified|evident|present|visuali[sz]ed|appreciated|demonstrated|noted|apparent|detected|observed|suspected|found)',
+     'An effusion is not clearly seen.'),
+    (r'within (?:the )?(?:normal limits|limits of normal)', 'Pleural fluid is within normal limits.'),
+    (r'no longer (?:\w+ )?(?:seen|identified|evident|present|visuali[sz]ed|appreciated|apparent|visible)', 'The effusion is no longer visible.'),
+    (r'resolved|absent|cleared|ruled out|excluded|removed|removal|negative', 'The effusion has resolved.'))
+_POST_NEG = re.compile(rf'\b(?:(?:{_VERB}|been|now|completely|since|interval|not|no longer) ?)*(?:{_alternation(_POST_NEG_TABLE)})\b')
+
+# %% ../../nbs/data/11_knowledge.ipynb #be899e93
+_PRE_DOUBT_TABLE: tuple[tuple[str, str], ...] = (      # regex before, a sentence that doubts an effusion
+    (r'may|might|could|can represent', 'This may be an effusion.'),
+    (r'possibility of|question of|question|suspicious for|suspicion (?:of|for)', 'Findings suspicious for effusion.'),
+    (r'suggest\w*(?: of)?|concern(?:ing)? for|worrisome for|versus|vs|equivocal', 'Findings suggestive of effusion.'),
+    (r"(?:cannot|can not|can't|unable to|difficult to|not) (?:be )?(?:entirely |completely |absolutely )?(?:exclude|rule out)",
+     'We cannot entirely exclude an effusion.'),
+    (r'consider|perhaps|presum\w+|differential|unlikely|less likely|doubtful', 'Perhaps an effusion.'))
+_PRE_DOUBT = re.compile(rf'\b(?:{_alternation(_PRE_DOUBT_TABLE)})\b')
+_ADJ_DOUBT_TABLE: tuple[tuple[str, str], ...] = (      # an adjective: up to the next comma or 'and'
+    (r'possible|possibly|probable|probably|likely|questionable|suspected|borderline|equivocal|potential', 'Possible effusion.'),)
+_ADJ_DOUBT = re.compile(rf'\b(?:{_alternation(_ADJ_DOUBT_TABLE)})\b')
+_POST_DOUBT_TABLE: tuple[tuple[str, str], ...] = (     # regex after, a sentence that doubts an effusion
+    (r"(?:cannot|can not|can't|could not|not|difficult to)(?: be)?(?: \w+)? (?:exclude|excluded|ruled out)", 'An effusion cannot be fully excluded.'),
+    (rf'(?:{_VERB}|be) (?:\w+ )?(?:possible|suspected|likely|unlikely|questioned|questionable|considered|doubtful|equivocal|suggested)',
+     'An effusion is suspected.'),
+    (r'less likely|not (?:entirely |completely )?excluded', 'An effusion less likely.'),
+    (r'(?:could|should|may|might|would) be (?:considered|a consideration)', 'Effusion should be considered.'),
+    (r'(?:suspected|questioned)$|of question|in the differential', 'Effusion questioned.'))
+_POST_DOUBT = re.compile(rf'\b(?:{_alternation(_POST_DOUBT_TABLE)})\b')
 
 # %% ../../nbs/data/11_knowledge.ipynb #01ca888e
-_SILENT = re.compile(r"\b(?:history of|h / o|hx of|status post|s / p|evaluat\w+(?: (?:for|of))?|assess(?:ment)?(?: (?:for|of))?|rule out|r / o|to exclude|recommend\w*|clinical(?:ly)? (?:concern|suspicion|suspected|correlat\w+)[a-z ]*?(?:for|of|with)?"
-                     r"|follow up|followup|if there is|(?:can|could|may) be (?:performed|obtained)|(?:for|to) further|to (?:identify|confirm)|search for|known|patient with|symptoms of|treated for|difficult to evaluate|limits? evaluation (?:for|of))\b")
+_SILENT_TABLE: tuple[tuple[str, str], ...] = (         # regex, a sentence that says nothing of this picture
+    (r'history of|h / o|hx of|status post|s / p', 'History of pneumonia.'),
+    (r'evaluat\w+(?: (?:for|of))?|assess(?:ment)?(?: (?:for|of))?|rule out|r / o|to exclude', 'Please evaluate for effusion.'),
+    (r'recommend\w*|clinical(?:ly)? (?:concern|suspicion|suspected|correlat\w+)[a-z ]*?(?:for|of|with)?', 'We recommend CT for the nodule.'),
+    (r'follow up|followup|if there is|(?:can|could|may) be (?:performed|obtained)|(?:for|to) further|to (?:identify|confirm)|search for',
+     'Follow up of the nodule.'),
+    (r'known|patient with|symptoms of|treated for|difficult to evaluate|limits? evaluation (?:for|of)', 'Patient with pneumonia.'))
+_SILENT = re.compile(rf'\b(?:{_alternation(_SILENT_TABLE)})\b')
 _SEEN_SILENT = ('support device',)                      # 'status post sternotomy' or 'known pacemaker' is still visible
 
 def _value(clause: str, m: tuple[int, int, str, int | None]) -> int | None:
@@ -294,28 +401,58 @@ def extract_entities(text: str # a report, headed or not
     return {n: out[n] for n in ENTITY_NAMES if n in out}
 
 # %% ../../nbs/data/11_knowledge.ipynb #cff766b2
-_ZONE_WORDS: tuple[tuple[str, str, str], ...] = (     # regex, region after the side, side if none is said ('' none)
-    (r'upper (?:lobes|zones|lungs|lung zones|lung fields)', 'upper lung zone', 'both'), (r'upper(?: and| or| /)?(?= (?:middle|mid|lower))', 'upper lung zone', ''),
-    (r'upper (?:lobe|zone|lung(?: zone| field)?|hemithorax)', 'upper lung zone', ''), (r'right middle lobe|rml', 'mid lung zone', 'right'), (r'lingular?', 'mid lung zone', 'left'),
-    (r'upper(?= (?:and|or) (?:the )?(?:right|left))', 'upper lung zone', ''), (r'lower(?= (?:and|or) (?:the )?(?:right|left))', 'lower lung zone', ''),
-    (r'middle lobe', 'mid lung zone', 'right'), (r'mid(?:dle)?(?: and| or| /)?(?= (?:lower))', 'mid lung zone', ''), (r'mid ?(?:lungs|zones|lung zones|lung fields)', 'mid lung zone', 'both'),
-    (r'mid(?:dle)? ?(?:lung(?: zone| field)?|zone|field)', 'mid lung zone', ''), (r'rul', 'upper lung zone', 'right'), (r'lul', 'upper lung zone', 'left'), (r'rll', 'lower lung zone', 'right'),
-    (r'lll|retrocardiac', 'lower lung zone', 'left'), (r'bibasilar|bibasal|lung bases|bases|lower (?:lobes|lungs|lung zones|zones|lung fields)', 'lower lung zone', 'both'),
-    (r'lower (?:lobe|zone|lung(?: zone| field)?|hemithorax)|basilar|basal|lung base|base|infrahilar', 'lower lung zone', ''), (r'biapical|apices|apexes', 'apical zone', 'both'),
-    (r'apical|apex', 'apical zone', ''), (r'bihilar|perihilar|parahilar|hila', 'hilar structures', 'both'), (r'hilar|hilum|suprahilar', 'hilar structures', ''),
-    (r'(?:costophrenic|cp) (?:angles|sulci)', 'costophrenic angle', 'both'), (r'(?:lateral |posterior )?(?:costophrenic|cp) (?:angle|sulcus|recess|xxxx)', 'costophrenic angle', ''),
-    (r'(?:hemi)?diaphragms', 'hemidiaphragm', 'both'), (r'(?:hemi)?diaphragm', 'hemidiaphragm', ''), (r'clavicles', 'clavicle', 'both'), (r'clavicle|clavicular', 'clavicle', ''),
-    (r'lungs|hemithoraces', 'lung', 'both'), (r'lung(?! (?:base|apex|zone|field))|hemithorax', 'lung', ''))
-_MIDLINE_WORDS: tuple[tuple[str, str], ...] = (
-    (r'(?:upper|superior) mediastin\w+|paratracheal', 'upper mediastinum'), (r'mediastin\w+', 'mediastinum'), (r'aortic (?:arch|knob)', 'aortic arch'), (r'svc|superior vena cava', 'svc'),
-    (r'cavoatrial junction', 'cavoatrial junction'), (r'right atri(?:um|al)', 'right atrium'), (r'carina', 'carina'), (r'trachea|tracheal', 'trachea'),
-    (r'spine|spinal|vertebra\w*', 'spine'), (r'(?:heart|cardiac)(?: (?:silhouette|shadow|size))?|behind the heart', 'cardiac silhouette'), (r'abdomen|abdominal|stomach', 'abdomen'))
-_SIDE = re.compile(r'\b(?P<both>bilateral(?:ly)?|both|either|each|(?:right|rt) (?:and|or|/|greater than|>) (?:the )?(?:left|lt)|(?:left|lt) (?:and|or|/|greater than|>) (?:the )?(?:right|rt))\b|\b(?P<right>right|rt)\b|\b(?P<left>left|lt)\b')
-_NOT_A_SIDE = re.compile(r'\b(?:right|left) (?:sided? )?(?:atri\w+|ventric\w+|heart|breast|axill\w+|shoulder|humer\w+|subclavian|jugular|ij|internal jugular|main\w*|arm|upper extremity|upper quadrant)')
+_ZONE_WORDS: tuple[tuple[str, str, str, str], ...] = ( # regex, region after the side, side if none is said ('' none), an example
+    (r'upper (?:lobes|zones|lungs|lung zones|lung fields)', 'upper lung zone', 'both', 'opacity in the upper zones'),
+    (r'upper(?: and| or| /)?(?= (?:middle|mid|lower))', 'upper lung zone', '', 'opacity in the right upper and middle lobe'),
+    (r'upper (?:lobe|zone|lung(?: zone| field)?|hemithorax)', 'upper lung zone', '', 'right upper lobe opacity'),
+    (r'right middle lobe|rml', 'mid lung zone', 'right', 'rml opacity'),
+    (r'lingular?', 'mid lung zone', 'left', 'lingular opacity'),
+    (r'upper(?= (?:and|or) (?:the )?(?:right|left))', 'upper lung zone', '', 'opacity in the upper and right lung'),
+    (r'lower(?= (?:and|or) (?:the )?(?:right|left))', 'lower lung zone', '', 'opacity in the lower and left lung'),
+    (r'middle lobe', 'mid lung zone', 'right', 'opacity in the middle lobe'),
+    (r'mid(?:dle)?(?: and| or| /)?(?= (?:lower))', 'mid lung zone', '', 'opacity in the left mid and lower lung'),
+    (r'mid ?(?:lungs|zones|lung zones|lung fields)', 'mid lung zone', 'both', 'opacity in the mid lungs'),
+    (r'mid(?:dle)? ?(?:lung(?: zone| field)?|zone|field)', 'mid lung zone', '', 'left mid lung opacity'),
+    (r'rul', 'upper lung zone', 'right', 'rul opacity'),
+    (r'lul', 'upper lung zone', 'left', 'lul opacity'),
+    (r'rll', 'lower lung zone', 'right', 'rll opacity'),
+    (r'lll|retrocardiac', 'lower lung zone', 'left', 'retrocardiac opacity'),
+    (r'bibasilar|bibasal|lung bases|bases|lower (?:lobes|lungs|lung zones|zones|lung fields)', 'lower lung zone', 'both', 'bibasilar opacity'),
+    (r'lower (?:lobe|zone|lung(?: zone| field)?|hemithorax)|basilar|basal|lung base|base|infrahilar', 'lower lung zone', '', 'left base opacity'),
+    (r'biapical|apices|apexes', 'apical zone', 'both', 'scarring in the apices'),
+    (r'apical|apex', 'apical zone', '', 'left apical scarring'),
+    (r'bihilar|perihilar|parahilar|hila', 'hilar structures', 'both', 'perihilar opacity'),
+    (r'hilar|hilum|suprahilar', 'hilar structures', '', 'right hilar mass'),
+    (r'(?:costophrenic|cp) (?:angles|sulci)', 'costophrenic angle', 'both', 'blunting of the costophrenic angles'),
+    (r'(?:lateral |posterior )?(?:costophrenic|cp) (?:angle|sulcus|recess|xxxx)', 'costophrenic angle', '', 'left costophrenic angle blunting'),
+    (r'(?:hemi)?diaphragms', 'hemidiaphragm', 'both', 'flattening of the diaphragms'),
+    (r'(?:hemi)?diaphragm', 'hemidiaphragm', '', 'left hemidiaphragm'),
+    (r'clavicles', 'clavicle', 'both', 'fractured clavicles'),
+    (r'clavicle|clavicular', 'clavicle', '', 'right clavicle fracture'),
+    (r'lungs|hemithoraces', 'lung', 'both', 'opacity in both lungs'),
+    (r'lung(?! (?:base|apex|zone|field))|hemithorax', 'lung', '', 'left lung opacity'))
+
+# %% ../../nbs/data/11_knowledge.ipynb #c4b295e2
+_MIDLINE_WORDS: tuple[tuple[str, str, str], ...] = (   # regex, region, an example
+    (r'(?:upper|superior) mediastin\w+|paratracheal', 'upper mediastinum', 'paratracheal mass'),
+    (r'mediastin\w+', 'mediastinum', 'mediastinal mass'),
+    (r'aortic (?:arch|knob)', 'aortic arch', 'pacemaker near the aortic knob'),
+    (r'svc|superior vena cava', 'svc', 'tip in the superior vena cava'),
+    (r'cavoatrial junction', 'cavoatrial junction', 'tip at the cavoatrial junction'),
+    (r'right atri(?:um|al)', 'right atrium', 'tip in the right atrium'),
+    (r'carina', 'carina', 'tube above the carina'),
+    (r'trachea|tracheal', 'trachea', 'tracheal tube'),
+    (r'spine|spinal|vertebra\w*', 'spine', 'spinal fracture'),
+    (r'(?:heart|cardiac)(?: (?:silhouette|shadow|size))?|behind the heart', 'cardiac silhouette', 'hernia behind the heart'),
+    (r'abdomen|abdominal|stomach', 'abdomen', 'tube in the stomach'))
+_SIDE = re.compile(r'\b(?P<both>bilateral(?:ly)?|both|either|each|(?:right|rt) (?:and|or|/|greater than|>) (?:the )?(?:left|lt)'
+                   r'|(?:left|lt) (?:and|or|/|greater than|>) (?:the )?(?:right|rt))\b|\b(?P<right>right|rt)\b|\b(?P<left>left|lt)\b')
+_NOT_A_SIDE = re.compile(r'\b(?:right|left) (?:sided? )?(?:atri\w+|ventric\w+|heart|breast|axill\w+|shoulder|humer\w+|subclavian|jugular|ij|internal jugular'
+                         r'|main\w*|arm|upper extremity|upper quadrant)')
 
 # %% ../../nbs/data/11_knowledge.ipynb #88ddb503
-_ZONE = re.compile('|'.join(rf'(?P<z{i}>\b(?:{p})\b)' for i, (p, _, _) in enumerate(_ZONE_WORDS)))
-_MIDLINE = re.compile('|'.join(rf'(?P<m{i}>\b(?:{p})\b)' for i, (p, _) in enumerate(_MIDLINE_WORDS)))
+_ZONE = re.compile('|'.join(rf'(?P<z{i}>\b(?:{p})\b)' for i, (p, *_) in enumerate(_ZONE_WORDS)))
+_MIDLINE = re.compile('|'.join(rf'(?P<m{i}>\b(?:{p})\b)' for i, (p, *_) in enumerate(_MIDLINE_WORDS)))
 
 def _places(clause: str) -> list[tuple[int, int, tuple[str, ...]]]:
     "Places of a clause, (start, end, regions); regions of a side alone are ('right',) or ('left',)."
@@ -324,30 +461,37 @@ def _places(clause: str) -> list[tuple[int, int, tuple[str, ...]]]:
     zones = list(_ZONE.finditer(text)); used: set[int] = set(); out = []
     edges = lambda a, b: len(text[a:b].split())         # words between two positions
     for k, z in enumerate(zones):
-        _, name, default = _ZONE_WORDS[int(z.lastgroup[1:])]
+        _, name, default, _ = _ZONE_WORDS[int(z.lastgroup[1:])]
         floor = zones[k - 1].end() if k else 0
         shared = k and re.fullmatch(r'(?: (?:and|or|/|,|the|lung|lateral))* ?', text[floor:z.start()])    # 'left mid and lower lung': the side is shared
-        prev = [s for s in sides if s[1] <= z.start() and edges(s[1], z.start()) <= 4 and (s[0] >= floor or shared) and not _LEXICON.search(text[s[1]:z.start()])]
-        nxt = [s for s in sides if s[0] >= z.end() and edges(z.end(), s[0]) <= 2 and re.fullmatch(r' (?:on|of|in)(?: the)? ?| ?', text[z.end():s[0]])]
+        prev = [s for s in sides if s[1] <= z.start() and edges(s[1], z.start()) <= 4 and (s[0] >= floor or shared)
+                and not _LEXICON.search(text[s[1]:z.start()])]
+        nxt = [s for s in sides if s[0] >= z.end() and edges(z.end(), s[0]) <= 2
+               and re.fullmatch(r' (?:on|of|in)(?: the)? ?| ?', text[z.end():s[0]])]
         own = next((s for s in sides if z.start() <= s[0] < z.end()), None)
         s = own or (prev[-1] if prev else nxt[0] if nxt and default != 'both' else None)
         if s: used.add(s[0])
         elif shared and out and not default: s = (out[-1][0], 0, out[-1][3])
         who = s[2] if s else ('right', 'left') if default == 'both' else (default,) if default else ()
-        if who: out.append((min(z.start(), s[0]) if s else z.start(), max(z.end(), s[1]) if s else z.end(), tuple(f'{w} {name}' for w in who), who))
+        if not who: continue
+        start, end = (min(z.start(), s[0]), max(z.end(), s[1])) if s else (z.start(), z.end())
+        out.append((start, end, tuple(f'{w} {name}' for w in who), who))
     out += [(a, b, w, w) for a, b, w in sides if a not in used]
     out += [(m.start(), m.end(), (_MIDLINE_WORDS[int(m.lastgroup[1:])][1],), ()) for m in _MIDLINE.finditer(clause)]
     return [o[:3] for o in sorted(out)]
 
 # %% ../../nbs/data/11_knowledge.ipynb #a849d18b
 _ANYWHERE = tuple(REGIONS)
-_CHEST = tuple(r for r in REGIONS if 'lung' in r or 'apical' in r or 'costophrenic' in r or 'hemidiaphragm' in r or 'hilar' in r)
+_CHEST = tuple(r for r in REGIONS if any(w in r for w in ('lung', 'apical', 'costophrenic', 'hemidiaphragm', 'hilar')))
 _POSSIBLE: dict[str, tuple[str, ...]] = {
-    'cardiomegaly': ('cardiac silhouette',), 'mediastinal widening': ('mediastinum', 'upper mediastinum'), 'hiatal hernia': ('mediastinum', 'cardiac silhouette', 'left hemidiaphragm'),
-    'support device': _ANYWHERE, 'fracture': tuple(r for r in _CHEST if 'lung' in r) + ('right clavicle', 'left clavicle', 'spine'),
+    'cardiomegaly': ('cardiac silhouette',), 'mediastinal widening': ('mediastinum', 'upper mediastinum'),
+    'hiatal hernia': ('mediastinum', 'cardiac silhouette', 'left hemidiaphragm'),
+    'support device': _ANYWHERE,
+    'fracture': tuple(r for r in _CHEST if 'lung' in r) + ('right clavicle', 'left clavicle', 'spine'),
     'mass': _CHEST + ('mediastinum', 'upper mediastinum'), 'granuloma': _CHEST + ('mediastinum', 'upper mediastinum')}
 _IMPLIED = {'cardiomegaly': ('cardiac silhouette',), 'mediastinal widening': ('mediastinum',)}
-_PREPOSITION = re.compile(r'\b(?:in|at|of|within|overlying|overlies|overlie|over|throughout|along|on|near|involving|to|into|from|about|through|projecting|occupying|is|are)(?: (?:the|a|both|its|medial|lateral|posterior|anterior|patient\'s|mid|extreme)){0,2} ?$')
+_PREPOSITION = re.compile(r'\b(?:in|at|of|within|overlying|overlies|overlie|over|throughout|along|on|near|involving|to|into|from|about'
+                          r'|through|projecting|occupying|is|are)(?: (?:the|a|both|its|medial|lateral|posterior|anterior|patient\'s|mid|extreme)){0,2} ?$')
 
 _LISTED = re.compile(r'[ ,/]*(?:(?:and|or|the|in|at|lung) ?)*')
 _COORDINATE = re.compile(r'[ ,/]*(?:(?:and|or) )?(?:(?!with\b|without\b|no\b|in\b|at\b|of\b|is\b|are\b)[a-z]+ ){0,3}')
@@ -373,7 +517,8 @@ def _linked(clause: str, ms: list, places: list) -> list[tuple[int, tuple[str, .
         back = [i for i, m in enumerate(ms) if m[1] <= a and (i not in taken or i in same)]
         fits = [i for i in ahead if _regions_for(ms[i][2], regions)]
         if overlap: mine = overlap
-        elif back and (_PREPOSITION.search(clause[:a]) or not fits or (listed and same & set(back) and not _COORDINATE.fullmatch(clause[b:ms[fits[0]][0]]))): mine = back
+        elif back and (_PREPOSITION.search(clause[:a]) or not fits
+                       or (listed and same & set(back) and not _COORDINATE.fullmatch(clause[b:ms[fits[0]][0]]))): mine = back
         else:
             mine = fits[:1]
             for i in ahead:                             # 'left effusion and atelectasis' goes on; 'left effusion with ...' does not

@@ -160,12 +160,13 @@ def health_report(first: dict[str, float], # mean of the first steps
                   last: dict[str, float], # mean of the last epoch
                   batch: int, vocab: int, tolerance: float = .25, stuck: float = .03
                   ) -> dict[str, dict]:
-    "Per loss: expected and seen start, end, and a verdict 'ok', 'odd start' (off by more than `tolerance`, relative) or 'stuck' (end within `stuck` of the start value)."
+    "Per loss: expected and seen start, end, and 'ok', 'odd start' (off by more than `tolerance`, relative) or 'stuck' (end within `stuck` of the start value)."
     out = {}
     for k in ('itc', 'local', 'itm', 'lm', 'ecls'):
         if k not in first: continue
         want = expected_start(k, batch, vocab) if k != 'ecls' else first[k]
         odd = abs(first[k] - want) > tolerance * want
         still = last[k] > want * (1 - stuck)
-        out[k] = {'expected_start': round(want, 4), 'start': round(first[k], 4), 'end': round(last[k], 4), 'verdict': 'stuck' if still else 'odd start' if odd else 'ok'}
+        verdict = 'stuck' if still else 'odd start' if odd else 'ok'
+        out[k] = {'expected_start': round(want, 4), 'start': round(first[k], 4), 'end': round(last[k], 4), 'verdict': verdict}
     return out

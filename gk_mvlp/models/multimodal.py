@@ -21,7 +21,8 @@ class ImageReportLayer(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
         self.norm_memory = nn.LayerNorm(dim)
-        self.self_attn, self.cross_attn = Attention(dim, heads), Attention(dim, heads)    # dropout on their sum only: masks of attention weights cost more than they give
+        self.self_attn, self.cross_attn = Attention(dim, heads), Attention(dim, heads)
+        # dropout on their sum only: masks of attention weights cost more than they give
         self.ff = nn.Sequential(nn.Linear(dim, 4*dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4*dim, dim))
         self.drop = nn.Dropout(dropout)
 
@@ -52,7 +53,8 @@ class ImageReportEncoder(nn.Module):
                 mask: Tensor, # bool [R, T]
                 kvs: list[Tensor], # of `project`, for B pictures
                 memory_mask: Tensor, # bool [B, S]
-                text: Tensor | None = None, picture: Tensor | None = None, # [M]: report and picture of each row; None: row i is report i or picture i
+                text: Tensor | None = None, # [M]: report of each row; None: row i is report i
+                picture: Tensor | None = None, # [M]: picture of each row; None: row i is picture i
                 first: bool = False # only the first token comes out
                 ) -> tuple[Tensor, Tensor]: # [M, T or 1, D] and ITM logits [M, 2]
         if picture is not None: kvs, memory_mask = [kv.index_select(1, picture) for kv in kvs], memory_mask[picture]
@@ -75,14 +77,17 @@ class ReportDecoder(nn.Module):
                  pad_token_id: int = 0, bos_token_id: int = 1, eos_token_id: int = 2):
         super().__init__()
         self.lm = BertLMHeadModel(BertConfig(
-            vocab_size=vocab_size, hidden_size=dim, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4*dim, max_position_embeddings=max_length,
+            vocab_size=vocab_size, hidden_size=dim, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4*dim,
+            max_position_embeddings=max_length,
             hidden_dropout_prob=dropout, attention_probs_dropout_prob=0., is_decoder=True, add_cross_attention=True,
             pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id))
         self.bos, self.eos, self.pad = bos_token_id, eos_token_id, pad_token_id
 
     def tie(self, embeddings: nn.Embedding) -> None:
         "Read and write words with these embeddings [V, D] in place of own ones."
-        if embeddings.weight.shape != self.lm.get_input_embeddings().weight.shape: raise GKError(f'word embeddings {list(embeddings.weight.shape)} do not fit the decoder', 'Use a text encoder of width dim, or leave tie_embeddings false.')
+        if embeddings.weight.shape != self.lm.get_input_embeddings().weight.shape:
+            raise GKError(f'word embeddings {list(embeddings.weight.shape)} do not fit the decoder',
+                          'Use a text encoder of width dim, or leave tie_embeddings false.')
         self.lm.set_input_embeddings(embeddings)
         self.lm.tie_weights()
 
@@ -92,7 +97,8 @@ class ReportDecoder(nn.Module):
                 memory_mask: Tensor, # bool [B, S]
                 keep: Tensor | None = None # bool [B, T]: where logits are wanted; None: everywhere
                 ) -> Tensor: # [B, T, V], or [K, V] of the K kept places
-        h = self.lm.bert(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=memory, encoder_attention_mask=memory_mask.long(), use_cache=False).last_hidden_state
+        h = self.lm.bert(input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=memory,
+                         encoder_attention_mask=memory_mask.long(), use_cache=False).last_hidden_state
         return self.lm.cls(h if keep is None else h[keep])
 
     @torch.no_grad()
@@ -100,6 +106,6 @@ class ReportDecoder(nn.Module):
         "Token ids [B, <= 1 + max_new_tokens], from [BOS]; `options` go to transformers' `generate`."
         start = torch.full((len(memory), 1), self.bos, dtype=torch.long, device=memory.device)
         cache = BeamCache(DynamicCache(), DynamicCache())              # words, and the memory's keys, each projected once
-        return self.lm.generate(input_ids=start, attention_mask=torch.ones_like(start), encoder_hidden_states=memory, encoder_attention_mask=memory_mask.long(), cache=cache,
-                                max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=options.pop('do_sample', False),
-                                pad_token_id=self.pad, eos_token_id=self.eos, **options)
+        return self.lm.generate(input_ids=start, attention_mask=torch.ones_like(start), encoder_hidden_states=memory,
+                                encoder_attention_mask=memory_mask.long(), cache=cache, max_new_tokens=max_new_tokens, num_beams=num_beams,
+                                do_sample=options.pop('do_sample', False), pad_token_id=self.pad, eos_token_id=self.eos, **options)

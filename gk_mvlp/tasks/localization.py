@@ -46,7 +46,9 @@ class BoxSet(Dataset):
         most = max(1, *map(len, rows)) if rows else 1
         self.boxes, self.labels = torch.zeros(len(studies), most, 4), torch.zeros(len(studies), most, dtype=torch.long)
         for i, (row, f) in enumerate(zip(rows, self.frames, strict=True)):
-            if row: self.boxes[i, :len(row)], self.labels[i, :len(row)] = torch.as_tensor(f.to_frame(np.array([b for _, b in row])), dtype=torch.float32), torch.tensor([n for n, _ in row])
+            if not row: continue
+            self.boxes[i, :len(row)] = torch.as_tensor(f.to_frame(np.array([b for _, b in row])), dtype=torch.float32)
+            self.labels[i, :len(row)] = torch.tensor([n for n, _ in row])
 
     def set_epoch(self, epoch: int) -> None: "Other augmentations in every epoch."; self.epoch = epoch
     def __len__(self) -> int: return len(self.studies)
@@ -76,7 +78,8 @@ class SimplePyramid(nn.Module):
         up = lambda: nn.Sequential(nn.ConvTranspose2d(inp, inp, 2, 2), nn.GroupNorm(1, inp), nn.GELU())
         self.scales = ((4.,) if stride >= 16 else ()) + ((2.,) if stride >= 8 else ()) + (1., .5) + ((.25,) if stride < 8 else ())
         resize = {4.: lambda: nn.Sequential(up(), up()), 2.: up, 1.: nn.Identity, .5: lambda: nn.MaxPool2d(2), .25: lambda: nn.MaxPool2d(4)}
-        self.levels = nn.ModuleList(nn.Sequential(resize[s](), nn.Conv2d(inp, out, 1), nn.GroupNorm(1, out), nn.Conv2d(out, out, 3, padding=1), nn.GroupNorm(1, out)) for s in self.scales)
+        def level(s): return nn.Sequential(resize[s](), nn.Conv2d(inp, out, 1), nn.GroupNorm(1, out), nn.Conv2d(out, out, 3, padding=1), nn.GroupNorm(1, out))
+        self.levels = nn.ModuleList(map(level, self.scales))
         self.strides = tuple(int(stride / s) for s in self.scales)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
@@ -133,11 +136,13 @@ class FindingDetector(nn.Module):
         same = dict(min_size=image_size, max_size=image_size, image_mean=[0.], image_std=[1.], _skip_resize=True, size_divisible=1)
         strides = body.pyramid.strides
         if config.head == 'fcos':
-            self.net = FCOS(body, classes + 1, anchor_generator=AnchorGenerator(tuple((s,) for s in strides), ((1.,),) * len(strides)), score_thresh=.001, nms_thresh=.5, detections_per_img=config.max_detections, **same)
+            anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.,),) * len(strides))
+            self.net = FCOS(body, classes + 1, anchor_generator=anchors, score_thresh=.001, nms_thresh=.5, detections_per_img=config.max_detections, **same)
         else:
             anchors = AnchorGenerator(tuple((4. * s, 6. * s) for s in strides), ((.5, 1., 2.),) * len(strides))
             pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], 5, 2, canonical_scale=image_size, canonical_level=4)
-            self.net = FasterRCNN(body, classes + 1, rpn_anchor_generator=anchors, box_roi_pool=pool, box_score_thresh=.001, box_detections_per_img=config.max_detections, rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=200,
+            self.net = FasterRCNN(body, classes + 1, rpn_anchor_generator=anchors, box_roi_pool=pool, box_score_thresh=.001,
+                                  box_detections_per_img=config.max_detections, rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=200,
                                   box_batch_size_per_image=64, rpn_batch_size_per_image=64, **same)
 
     @property
@@ -158,12 +163,14 @@ class FindingDetector(nn.Module):
         for i in range(0, len(data), batch_size):
             found = self.net(list(to_float(data.images[i:i + batch_size]).to(device)))
             for f, d in zip(data.frames[i:i + batch_size], found, strict=True):
-                out.append((f.from_frame(d['boxes'].double().cpu().numpy() / self.size), d['scores'].cpu().numpy(), [data.names[k - 1] for k in d['labels'].tolist()]))
+                boxes = f.from_frame(d['boxes'].double().cpu().numpy() / self.size)
+                out.append((boxes, d['scores'].cpu().numpy(), [data.names[k - 1] for k in d['labels'].tolist()]))
         self.train(was)
         return out
 
 # %% ../../nbs/tasks/42_localization.ipynb #8febfb52
-def fit_localization(model: ImageEncoder | RegionDetector, train: BoxSet, val: BoxSet, config: LocalizationConfig, training: TrainConfig, run_dir: str | Path, quiet: bool = False) -> tuple[FindingDetector, pd.DataFrame]:
+def fit_localization(model: ImageEncoder | RegionDetector, train: BoxSet, val: BoxSet, config: LocalizationConfig,
+                     training: TrainConfig, run_dir: str | Path, quiet: bool = False) -> tuple[FindingDetector, pd.DataFrame]:
     "(trained detector, history). Resumes from run_dir/last.ckpt."
     if not (val.labels > 0).any(): raise GKError('no validation study has a finding box', 'Use a larger validation split.')
     torch.manual_seed(training.seed)
@@ -179,6 +186,7 @@ def constant_boxes(train: Sequence[Study], names: Sequence[str], n: int) -> list
     for k in names:
         for side in (False, True):
             at = lambda b, k=k, side=side: b.entity == k and (b.box[0] + b.box[2] >= 1) == side
-            if own := [b.box for s in train for b in s.findings if at(b)]: out.append((np.median(own, 0), np.mean([any(map(at, s.findings)) for s in train]), k))
+            own = [b.box for s in train for b in s.findings if at(b)]
+            if own: out.append((np.median(own, 0), np.mean([any(map(at, s.findings)) for s in train]), k))
     boxes, scores, said = map(list, zip(*out, strict=True)) if out else ([], [], [])
     return [(np.array(boxes).reshape(-1, 4), np.array(scores), said)] * n

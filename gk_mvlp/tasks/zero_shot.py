@@ -26,8 +26,10 @@ PROMPT_SETS: dict[str, tuple[str, str]] = {
     'evidence': ('Findings consistent with {}.', 'No evidence of {}.'),
     'knowledge': ('{knowledge}', 'No {}. The lungs are clear and the heart size is normal.')}
 SPECIAL: dict[str, dict[str, tuple[str, str]]] = {        # labels that are no finding: a pair for each set
-    'any_finding': {'statement': ('There is an abnormality.', 'There is no abnormality.'), 'seen': ('Abnormal findings are seen.', 'No abnormal finding is seen.'),
-                    'evidence': ('Findings consistent with disease.', 'No evidence of disease.'), 'knowledge': ('Abnormal chest radiograph.', 'No acute cardiopulmonary abnormality. The lungs are clear.')}}
+    'any_finding': {'statement': ('There is an abnormality.', 'There is no abnormality.'),
+                    'seen': ('Abnormal findings are seen.', 'No abnormal finding is seen.'),
+                    'evidence': ('Findings consistent with disease.', 'No evidence of disease.'),
+                    'knowledge': ('Abnormal chest radiograph.', 'No acute cardiopulmonary abnormality. The lungs are clear.')}}
 
 def class_name(label: str) -> str:
     "The label as a radiologist would say it."
@@ -70,7 +72,8 @@ def itc_scores(model: GKMVLP, data: StudySet, labels: Sequence[str], prompt_sets
 
 def _entities(labels: Sequence[str]) -> list[int]:
     names = [class_name(n) for n in labels]
-    if bad := [n for n in names if n not in ENTITY_INDEX]: raise GKError(f'label {bad[0]!r} is no entity of the model', f'Use prompts for it, or one of: {", ".join(ENTITY_NAMES)}.')
+    if bad := [n for n in names if n not in ENTITY_INDEX]:
+        raise GKError(f'label {bad[0]!r} is no entity of the model', f'Use prompts for it, or one of: {", ".join(ENTITY_NAMES)}.')
     return [ENTITY_INDEX[n] for n in names]
 
 @torch.no_grad()
@@ -101,7 +104,11 @@ def attention_maps(model: GKMVLP, data: StudySet, labels: Sequence[str],
                    control: str = '' # '', or a control: 'shuffled' prompts, or the 'null' prompt alone, where every region counts alike
                    ) -> np.ndarray: # [N, C, g, g]
     "Region-prompt attention times region-patch attention of the GK module, with all prompts given."
-    if not model.config.mapped: raise GKError(f'a model of objective {model.config.objective!r} with {model.config.local_layers} local and {model.config.fused_layers} fused layers has no attention from prompts to patches', "Use a model of objective 'gk' with both, or similarity maps.")
+    if not model.config.mapped:
+        c = model.config
+        raise GKError(f'a model of objective {c.objective!r} with {c.local_layers} local and {c.fused_layers} fused layers '
+                      'has no attention from prompts to patches',
+                      "Use a model of objective 'gk' with both, or similarity maps.")
     if control not in ('', 'null', 'shuffled'): raise GKError(f'control {control!r}', "Use '', 'null' or 'shuffled'.")
     model.eval()
     index = torch.tensor(_entities(labels)) + 1                                     # 0 is the null prompt
