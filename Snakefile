@@ -15,7 +15,7 @@ RUNS, RESULTS = config["runs"], config["results"]
 P = load_preset(PRESET)
 DETECTOR = f"{RUNS}/detector"
 PUBLISHED = expand("paper_results/published/{f}.csv", f=glob_wildcards("paper_results/published/{f}.csv").f)
-RUN = "OMP_NUM_THREADS={threads} python -m gk_mvlp.study.run {input.nb} $(dirname {output[0]}) --label {params.label:q} --params {params.p:q}"
+RUN = "OMP_NUM_THREADS={threads} python -S -E gk_mvlp/study/warm.py gk_mvlp.study.run {input.nb} $(dirname {output[0]}) --label {params.label:q} --params {params.p:q}"
 
 wildcard_constraints:
     seed=r"\d+", dataset="[a-z_]+", method=r"[a-z_]+(-[a-z\d_.]+)?", ratio=r"[\d.]+"

@@ -16,12 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from ..config import Preset, from_params, load_preset, merge
 from ..paths import GKError, data_root, project_root, read_text, results_dir, runs_dir
 from .report_parts import section
 from .variants import variants
+from .warm import ADDRESS, warm_server
 
 # %% ../../nbs/study/62_launch.ipynb #8f33b3e3
 BASELINES = ('pixels', 'scratch', 'baselines')
@@ -165,11 +167,12 @@ def run_study(preset: str, data: str = '', cores: int = 2, dry_run: bool = False
     runs, results, start = runs_dir()/name, results_dir()/name, time.time()
     command = snakemake_command(preset, data, _relative(runs), _relative(results), cores, dry_run, str(Path(profile).resolve()) if profile else '')
     threads = max(1, cores // min(2, cores))
-    env = os.environ | {'GK_MVLP_STUDY': f'{len(study_jobs(p))} {runs}', 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}', 'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false',
+    env = {k: v for k, v in os.environ.items() if k != ADDRESS} | {'GK_MVLP_STUDY': f'{len(study_jobs(p))} {runs}', 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}', 'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false',
                         'HF_HUB_OFFLINE': os.environ.get('HF_HUB_OFFLINE', '1'), 'PYTHONWARNINGS': 'ignore', 'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'GRPC_VERBOSITY': 'ERROR'}
     print(_opening(name, p, runs, results, cores), flush=True)
     lock = _lock(runs)
-    try: code = subprocess.run(command, env=env, cwd=project_root()).returncode
+    try:
+        with warm_server(env) if not (dry_run or profile) else nullcontext(env) as env: code = subprocess.run(command, env=env, cwd=project_root()).returncode
     finally: lock.close()
     if dry_run: return 0 if code == 0 else 1
     if code or not (results/'manifest.json').is_file():

@@ -31,6 +31,7 @@ from nbclient.exceptions import DeadKernelError
 
 from ..config import check_params, load_preset
 from ..paths import GKError, project_root, read_text, runs_dir, write_json
+from .warm import kernel_options
 
 # %% ../../nbs/study/60_run.ipynb #0f9e30a2
 _TYPES = {'int': int, 'float': float, 'str': str, 'bool': bool, 'dict': dict, 'list': list}
@@ -192,7 +193,7 @@ def run_notebook(notebook: str | Path, run_dir: str | Path, params: dict, progre
         try:
             with warnings.catch_warnings(), _inline_pictures(), _kernel_log(Path(os.devnull) if hide else run_dir/'kernel.log'), _withheld(out) if hide else nullcontext(out) as written:
                 warnings.simplefilter('ignore')
-                pm.execute_notebook(str(notebook), str(written), parameters=params, kernel_name='python3', language='python', progress_bar=progress, log_output=False, cwd=str(project_root()))
+                pm.execute_notebook(str(notebook), str(written), parameters=params, kernel_name='python3', language='python', progress_bar=progress, log_output=False, cwd=str(project_root()), **kernel_options())
         except pm.PapermillExecutionError as err: raise GKError(_complaint(err, out)) from err
         except (DeadKernelError, RuntimeError) as err: raise GKError(f'{notebook}: its kernel died ({" ".join(str(err).split())[:120]})', f'Often too little memory: lower the batch size. See {run_dir}/kernel.log. The same command continues from the last checkpoint.') from err
         if not (run_dir/'metrics.json').is_file(): raise GKError(f'{notebook}: the run wrote no metrics.json', f'Its last cell must call end_run. See {out}.')

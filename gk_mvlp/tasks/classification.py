@@ -137,7 +137,7 @@ def classification_loss(model: Classifier, batch: dict) -> dict[str, Tensor]:
 def finetune(model: GKMVLP, kind: str, train: StudySet, val: StudySet, test: StudySet, # with targets
              config: TrainConfig, run_dir: str | Path, probe: tuple[list, np.ndarray] | None = None # of `fit_probe` and its features; None: fitted here
              ) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
-    "(validation scores, test scores, history). The head starts from the linear probe. Resumes from run_dir/last.ckpt."
+    "(validation scores, test scores, history from epoch 0, the start). The head starts from the linear probe. Resumes from run_dir/last.ckpt."
     torch.manual_seed(config.seed)
     net = Classifier(model, kind, train.fields['targets'].shape[1]).to(model.logit_scale.device)
     if probe is None:
@@ -146,8 +146,12 @@ def finetune(model: GKMVLP, kind: str, train: StudySet, val: StudySet, test: Stu
     net.start(*probe)
     def scores(net, data): return torch.sigmoid(run_batches(data, lambda b: net(b).float(), device=net.head.weight.device)).numpy()
     y_val = val.fields['targets'].numpy()
+    net.eval()
+    with torch.no_grad(): start = scores(net, val), scores(net, test)
+    first = pd.DataFrame([{'epoch': 0, 'val_auroc': mean_auroc(y_val, start[0])}])
     trainer = Trainer(net, classification_loss, train, config, run_dir, evaluate=lambda m: {'val_auroc': mean_auroc(y_val, scores(m, val))}, monitor='val_auroc')
-    history = trainer.fit()
+    history = pd.concat([first, trainer.fit()], ignore_index=True)
+    if not history['val_auroc'][1:].max() > history['val_auroc'][0]: return *start, history      # no epoch was better than the start
     net.eval()
     with torch.no_grad(): return scores(net, val), scores(net, test), history
 

@@ -1,0 +1,134 @@
+"A fork of the warm server must be, for whoever started it, the process that was asked for."
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gk_mvlp.study import warm
+
+pytestmark = pytest.mark.skipif(not warm.usable(), reason='no server on this machine: it needs Linux with pidfd and no NVIDIA driver')
+
+JOB = '''
+import os, signal, subprocess, sys, time
+what = sys.argv[1]
+print('pid', os.getpid(), os.getcwd(), os.environ.get('MARK'), __name__, flush=True)
+if what == 'exit': sys.exit(int(sys.argv[2]))
+if what == 'raise': raise ValueError('a mistake')
+if what == 'die': os.kill(os.getpid(), signal.SIGKILL)
+if what == 'read': print('read', sys.stdin.readline().strip())
+if what == 'child': print('child', subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True); time.sleep(600)
+if what == 'wait':
+    try: time.sleep(600)
+    except KeyboardInterrupt: print('interrupted'); sys.exit(7)
+'''
+
+
+@pytest.fixture(scope='module')
+def served(tmp_path_factory):
+    "A server without preloaded modules (they take seconds and change nothing here), and a folder with a job."
+    d = tmp_path_factory.mktemp('warm')
+    (d/'gk_test_job.py').write_text(JOB)
+    code = f'from gk_mvlp.study import warm; warm.PRELOAD = (); warm.serve({str(d/"s")!r})'
+    server = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while not (d/'s').exists() and time.monotonic() < until: time.sleep(.05)
+    yield d, {**os.environ, warm.ADDRESS: str(d/'s'), 'PYTHONPATH': f'{d}{os.pathsep}{Path(warm.__file__).parents[2]}', 'MARK': 'mine'}
+    server.stdin.close()
+    assert server.wait(timeout=20) == 0, 'a server ends with whoever started it'
+
+
+def start(served, *argv, **options):
+    d, env = served
+    return subprocess.Popen(warm.client_command(['gk_test_job', *argv]), env=env, cwd=d, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def alive(pid: int) -> bool:
+    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+    except (FileNotFoundError, ProcessLookupError): return False
+
+
+def gone(pid: int) -> bool:
+    until = time.monotonic() + 20
+    while alive(pid) and time.monotonic() < until: time.sleep(.05)
+    return not alive(pid)
+
+
+def test_streams_folder_environment_and_status_are_the_clients(served):
+    p = start(served, 'exit', '5')
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 5 and err == ''
+    _, pid, cwd, mark, name = out.split()
+    assert (cwd, mark, name) == (str(served[0]), 'mine', '__main__') and int(pid) != p.pid
+    p = start(served, 'read')
+    assert p.communicate('a line\n', timeout=60)[0].endswith('read a line\n') and p.returncode == 0
+    p = start(served, 'raise')
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == 1 and 'ValueError: a mistake' in err
+
+
+def test_a_fork_killed_by_a_signal_is_a_client_killed_by_it(served):
+    p = start(served, 'die')
+    p.communicate(timeout=60)
+    assert p.returncode == -signal.SIGKILL
+
+
+def test_signals_reach_the_fork(served):
+    p = start(served, 'wait')
+    p.stdout.readline(); time.sleep(.3)
+    p.send_signal(signal.SIGINT)
+    out, _ = p.communicate(timeout=60)
+    assert p.returncode == 7 and 'interrupted' in out
+    p = start(served, 'wait')
+    p.stdout.readline(); p.send_signal(signal.SIGTERM)
+    p.communicate(timeout=60)
+    assert p.returncode == -signal.SIGTERM
+
+
+def test_a_killed_client_takes_the_fork_and_its_children_along(served):
+    p = start(served, 'child')
+    pid, child = (int(p.stdout.readline().split()[1]) for _ in range(2))
+    assert alive(pid) and alive(child)
+    p.kill(); p.wait()
+    assert gone(pid) and gone(child)
+
+
+def test_an_orphaned_client_ends(served):
+    "A kernel's client whose job was killed."
+    d, env = served
+    code = f'import subprocess, time; subprocess.Popen({warm.client_command(["gk_test_job", "wait"])!r}); time.sleep(600)'
+    p = subprocess.Popen([sys.executable, '-c', code], env=env, cwd=d, stdout=subprocess.PIPE, text=True)
+    pid = int(p.stdout.readline().split()[1])
+    p.kill(); p.wait()
+    assert gone(pid)
+
+
+def test_without_a_server_or_with_a_changed_library_the_client_becomes_the_process(served, tmp_path):
+    d, env = served
+    for e in ({k: v for k, v in env.items() if k != warm.ADDRESS}, env | {warm.ADDRESS: str(tmp_path/'nobody')}):
+        p = subprocess.Popen(warm.client_command(['gk_test_job', 'exit', '4']), env=e, cwd=d, stdout=subprocess.PIPE, text=True)
+        out, _ = p.communicate(timeout=60)
+        assert p.returncode == 4 and int(out.split()[1]) == p.pid, 'the same process'
+    file = Path(warm.__file__)
+    was = file.stat()
+    try:
+        os.utime(file)
+        p = start(served, 'exit', '4')
+        assert int(p.communicate(timeout=60)[0].split()[1]) == p.pid
+    finally: os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    p = start(served, 'exit', '4')
+    assert int(p.communicate(timeout=60)[0].split()[1]) != p.pid
+
+
+def test_the_server_serves_on_after_nonsense(served):
+    import socket
+    d, env = served
+    for said in (b'', b'\0\0\0\5', b'\0\0\0\5abcde'):
+        with socket.socket(socket.AF_UNIX) as s:
+            s.connect(env[warm.ADDRESS]); s.send(said)
+    p = start(served, 'exit', '0')
+    p.communicate(timeout=60)
+    assert p.returncode == 0
