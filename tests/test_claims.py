@@ -63,10 +63,26 @@ def test_each_claim_takes_its_own_rows():
     said = {c.title: v for c, _, v in study_claims(tables)}
     assert said['Pre-training on reports helps'] == 'supported in all 1 tests'
     assert said['The knowledge in the prompts is what helps'] == 'contradicted: none of 1 tests for it, 1 against'
-    assert said['The grounded-knowledge module helps'] == 'supported in part: 1 of 2 tests'
+    assert said['The grounded-knowledge module helps'] == 'supported in part: 1 of 2 tests (0 also over all controls, 1 without a control)'
     assert said['Grounding does not widen gaps between groups'] == 'contradicted: none of 2 tests for it, 1 against'
-    assert [said[t] for t in ('Entity classification helps', 'It scales with data and size')] == ['not testable here'] * 2
+    assert [said[t] for t in ('Entity classification helps', 'The gain grows with data and size')] == ['not testable here'] * 2
     assert len(said) == len(CLAIMS)
+
+
+def test_a_gain_is_credited_only_over_every_control():
+    gain = comparison('itc_itm_lm', .1, .01)
+    def said(*controls): return {c.title: v for c, _, v in study_claims({'comparisons': pd.DataFrame([gain, *controls])})}['The grounded-knowledge module helps']
+    assert said(comparison('gk-roi_pool', .05, .01), comparison('gk-image_only', .05, .02)) == 'supported in all 1 tests (1 also over all controls)'
+    assert said(comparison('gk-roi_pool', .05, .2), comparison('gk-image_only', .05, .02)) == 'supported in all 1 tests (0 also over all controls)'
+    assert said(comparison('gk-roi_pool', .05, .01, protocol='finetune')) == 'supported in all 1 tests (0 also over all controls, 1 without a control)', "another protocol's control is none"
+
+
+def test_growth_is_not_a_gain():
+    "A gain at every level says nothing about redundancy; only its growth does."
+    row = {'task': 'robustness', 'dataset': 'phantom', 'metric': 'auroc', 'method': 'gk', 'reference': 'itc_itm_lm', 'factor': 'boilerplate', 'level': 0., 'difference': .1, 'difference_low': .05, 'difference_high': .2, 'p_holm': .01, 'n': 9}
+    said = lambda *rows: {c.title: v for c, _, v in study_claims({'robustness': pd.DataFrame(rows)})}['The gain grows with the redundancy of reports']
+    assert said(row) == 'not testable here'
+    assert said(row, row | {'method': 'gk - itc_itm_lm', 'reference': 'the same at 0', 'factor': 'boilerplate, highest against lowest', 'difference': -.1}) == 'contradicted: none of 1 tests for it, 1 against'
 
 
 def test_a_gap_without_a_change_is_not_called_supported():

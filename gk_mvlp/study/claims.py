@@ -188,7 +188,7 @@ def credit(t: pd.DataFrame, rows: pd.DataFrame # all evidence; a claim's rows
     beaten = {}
     for k, p, d in zip(keyed(controls), controls['p_holm'], controls['difference'], strict=True): beaten.setdefault(k, []).append(p < .05 and d > 0)
     credited, without = sum(all(beaten[k]) for k in gains if k in beaten), sum(k not in beaten for k in gains)
-    return f'; {credited or "none"} of these {len(gains)} gains also over all controls' + (f', {without} without a control' if without else '')
+    return f' ({credited} also over all controls' + (f', {without} without a control' if without else '') + ')'
 
 def study_claims(tables: dict[str, pd.DataFrame]) -> list[tuple[Claim, pd.DataFrame, str]]:
     "(claim, its rows, verdict) of every claim."
