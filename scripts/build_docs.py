@@ -125,6 +125,7 @@ def write_results(out: Path) -> tuple[list[dict], str]:
     for preset in [p for p in PRESETS if (ROOT/'paper_results'/p/'tables').is_dir()]:
         source, lines = ROOT/'paper_results'/preset, [f'# Results of study `{preset}`', '']
         (out/'results').mkdir(parents=True, exist_ok=True)
+        if (source/'OUTDATED.md').is_file(): lines += ['!!! warning', '', '    ' + ' '.join((source/'OUTDATED.md').read_text(encoding='utf-8').split()), '']
         if (source/'manifest.json').is_file():
             runs = json.loads((source/'manifest.json').read_text(encoding='utf-8'))['runs']
             lines += [f'{len(runs)} runs, {sum(r["seconds"] or 0 for r in runs.values()) / 60:.0f} minutes of run time together. Every file below is tied to its runs by `paper_results/{preset}/manifest.json`.', '']

@@ -35,6 +35,7 @@ def study(folder: Path) -> list[str]:
     for metric, what in (('region_iou', 'on held-out phantoms, mean IoU of the 29 regions'), ('lung_iou', 'on real X-rays, mean IoU of the lungs')):
         d = detector[detector['metric'] == metric].set_index('method')
         if len(d): out.append(f'Detector {what}: {d.loc["detector", "mean"]:.3f} ({d.loc["detector", "low"]:.3f}-{d.loc["detector", "high"]:.3f}), constant box {d.loc["constant", "mean"]:.3f}, n = {d.loc["detector", "n"]}.')
+    if (folder/'figures/low_data.png').is_file(): out += ['', f'![AUROC against the share of labels, with intervals]({folder.relative_to(ROOT)}/figures/low_data.png)']
     return [*out, '']
 
 
@@ -44,6 +45,12 @@ VERDICT = re.compile('supported in part|not supported|supported|contradicted|mix
 def report_of(folder: Path) -> str: return (folder/'REPORT.md').read_text(encoding='utf-8')
 def manifest_of(folder: Path) -> dict: return json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
 def link(folder: Path) -> str: return f'[`{folder.name}`]({folder.relative_to(ROOT)}/REPORT.md)'
+
+
+def outdated(folder: Path) -> str:
+    "Why a study's numbers no longer stand, from its OUTDATED.md; '' if they do."
+    f = folder/'OUTDATED.md'
+    return ' '.join(f.read_text(encoding='utf-8').split()) if f.is_file() else ''
 
 
 def gate_sentence(report: str) -> str:
@@ -96,7 +103,7 @@ def in_words(folders: list[Path]) -> list[str]:
             f'- Beside its own controls `gk` is better in {better} and worse in {worse} of {len(c)} tests'
             + ('.' if better else ': no gain is credited to knowledge prompts or grounding.'),
             f'- {verdict_sentences(report)}',
-            *(f'- {link(f)}: {gate_sentence(report_of(f))} {verdict_sentences(report_of(f))}' for f in others)]
+            *(f'- {link(f)}: {outdated(f) or gate_sentence(report_of(f)) + " " + verdict_sentences(report_of(f))}' for f in others)]
 
 
 def transcript(folder: Path) -> list[str]:
@@ -113,8 +120,9 @@ def transcript(folder: Path) -> list[str]:
 
 
 def blocks() -> dict[str, list[str]]:
-    "{name of the block: its lines}. The main study comes first and is the only one with tables."
+    "{name of the block: its lines}. The main study, the largest whose numbers stand, comes first and is the only one with tables."
     folders = [f for p in ('full', 'mini', 'public') if ((f := ROOT/'paper_results'/p)/'manifest.json').is_file()]
+    folders.sort(key=lambda f: bool(outdated(f)))
     return {'transcript': transcript(ROOT/'paper_results'/'mini'), 'sentences': in_words(folders), 'results': [line for f in folders[:1] for line in study(f)]}
 
 

@@ -54,7 +54,7 @@ def table_gates(p: Preset, tables: dict[str, pd.DataFrame]) -> list[Gate]:
     if len(written) and len(fixed):
         best = fixed[(fixed['metric'] == 'clinical_f1') & fixed['method'].isin(['constant_normal', 'most_frequent'])].groupby('dataset')['mean'].max()
         w = written[(written['metric'] == 'clinical_f1') & (written['protocol'] == 'pretrained') & written['dataset'].isin(best.index) & written['method'].isin([m for m in p.methods if 'lm' in OBJECTIVES.get(m, ())])]
-        out += [Gate('LM', r.method, r.mean_, f'interval above {best[r.dataset]:.3f} (best constant report)', bool(r.low > best[r.dataset])) for r in w.rename(columns={'mean': 'mean_'}).itertuples()]
+        out += [Gate('clinical F1 of reports, as pre-trained', r.method, r.mean_, f'interval above {best[r.dataset]:.3f} (best constant report)', bool(r.low > best[r.dataset])) for r in w.rename(columns={'mean': 'mean_'}).itertuples()]
     t = tables.get('classification_classes', pd.DataFrame())
     if len(t):
         t = t[(t['metric'] == 'auroc') & (t['ratio'] == t['ratio'].max()) & t['mean'].notna() & ~t['method'].isin(['constant'])]

@@ -40,6 +40,7 @@ class Cell:
     sizes: dict
     thresholds: np.ndarray | None = None # [S, C], from each seed's validation predictions
     labels: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()     # of the N studies
 
 def finished_runs(folder: Path) -> list[Path]:
     "Run folders below a stage's folder; one that is not finished is an error."
@@ -71,7 +72,7 @@ def _cell(key: tuple, v: list) -> Cell:
     for seed, run, y, *_ in v:
         if not y.index.equals(first.index) or not np.array_equal(y, first, equal_nan=True): raise GKError(f'{run}: its test studies or labels differ from those of another seed', 'Delete runs of older data and call make paper again.')
     return Cell(*key, first.to_numpy(float), np.stack([x[3].to_numpy(float) for x in v]), v[0][4].to_numpy(), tuple(x[0] for x in v), tuple(x[1] for x in v),
-                {k: int(np.mean([x[5][k] for x in v])) for k in ('n_train', 'n_val')}, np.stack([x[6] for x in v]), tuple(first.columns))
+                {k: int(np.mean([x[5][k] for x in v])) for k in ('n_train', 'n_val')}, np.stack([x[6] for x in v]), tuple(first.columns), tuple(first.index))
 
 # %% ../../nbs/study/64_collect.ipynb #ec98bbca
 def resample(cell: Cell, weights: np.ndarray, # [B, N]

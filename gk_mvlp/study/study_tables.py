@@ -118,7 +118,7 @@ def _probe_cell(key: tuple, v: list) -> ProbeCell:
     for _, run, y, *_ in v:
         if not y.index.equals(first.index) or not np.array_equal(y, first, equal_nan=True): raise GKError(f'{run}: its test studies or labels differ from those of another seed', 'Delete runs of older data and call make paper again.')
     return ProbeCell(dataset, method, protocol, ratio, first.to_numpy(float), np.stack([x[3].to_numpy(float) for x in v]), v[0][4].to_numpy(), tuple(x[0] for x in v), tuple(x[1] for x in v), {},
-                     np.stack([x[5] for x in v]), tuple(first.columns), factor, level)
+                     np.stack([x[5] for x in v]), tuple(first.columns), tuple(first.index), factor, level)
 
 # %% ../../nbs/study/95_study_tables.ipynb #0b9f3d63
 def probe_values(cells: Sequence[ProbeCell], n_boot: int = 1000) -> list[Values]:
@@ -303,6 +303,7 @@ def pretrain_sizes(folder: Path, methods: Sequence[str]) -> dict[str, dict]:
 # %% ../../nbs/study/95_study_tables.ipynb #9fcab5fb
 def truth_masks(cell: Cell, groups: pd.DataFrame, areas: pd.DataFrame, prevalence: np.ndarray, ids: Sequence[str], least: int = 5) -> dict[str, tuple[dict, np.ndarray]]:
     "{attribute: (masks, classes)} of `gk_mvlp.evaluation.subgroups` for a cell's test studies; attributes with fewer than two groups are absent."
+    if cell.ids and list(cell.ids) != list(ids): raise GKError(f'{cell.runs[0]}: its test studies are not those of the probing run that says who is in which group', 'Delete runs of older data and call make paper again.')
     g = groups.set_index('study_id').loc[list(ids)]
     area = areas.pivot(index='study_id', columns='label', values='area').reindex(index=list(ids), columns=list(cell.labels)).to_numpy(float)
     median = areas[areas['split'] == 'train'].groupby('label')['area'].median().reindex(list(cell.labels)).to_numpy(float)
