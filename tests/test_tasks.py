@@ -20,9 +20,11 @@ from gk_mvlp.study import task_runs as R
 from gk_mvlp.study import task_tables as TT
 from gk_mvlp.study.launch import check_preset, task_jobs
 from gk_mvlp.study.run import notebook_parameters, stage_sources
+from gk_mvlp.tasks import classification as C
 from gk_mvlp.tasks import localization as L
 from gk_mvlp.tasks import report_generation as G
 from gk_mvlp.tasks import vqa as V
+from gk_mvlp.tasks.classification import label_matrix
 from gk_mvlp.training.batches import StudySet
 from gk_mvlp.training.trainer import TrainConfig
 
@@ -262,3 +264,34 @@ def test_an_experiment_without_a_detector_says_what_to_run(root, tmp_path, noteb
     r = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert r.returncode == 1 and 'Run nbs/experiments/70_detector.ipynb' in r.stderr and len(r.stderr.strip().splitlines()) == 1, r.stderr
     assert not (tmp_path/'run'/'config.json').exists()
+
+
+# ---- fine-tuning starts from the probe
+
+def classified(phantoms, n):
+    y, names = label_matrix(phantoms[:n], ('pleural effusion', 'nodule', 'cardiomegaly'))
+    return StudySet(phantoms[:n], None, 64, regions='', targets=y), y
+
+
+def test_the_head_starts_with_the_logits_of_the_probe(tokenizer, phantoms):
+    model = new_model(tokenizer, 'itc_itm_lm').eval()
+    data, y = classified(phantoms, 60)
+    y = y.copy(); y[::5, 1] = np.nan; y[:, 2] = 0.                # unknown labels; a class with one value only
+    x = C.model_features(model, data, 'image')
+    probe, _, _ = C.fit_probe(x, y, x, y)
+    net = C.Classifier(model, 'image', 3).eval()
+    net.start(probe, x)
+    with torch.no_grad(): logits = torch.cat([net({k: v[i:i + 20] for k, v in data[list(range(60))].items()}) for i in range(0, 60, 20)]).numpy()
+    for c in (0, 1): assert np.allclose(1 / (1 + np.exp(-logits[:, c])), probe[c].predict_proba(x)[:, 1], atol=1e-4)
+    assert probe[2] is None and (logits[:, 2] == 0).all()
+
+
+def test_fine_tuning_that_makes_it_worse_keeps_the_start(tokenizer, phantoms, tmp_path):
+    data, y = classified(phantoms, 60)
+    config = TrainConfig(epochs=1, batch_size=30, lr=10., head_lr=1.)              # a rate that ruins the encoder
+    model = new_model(tokenizer, 'itc_itm_lm').eval()
+    x = C.model_features(model, data, 'image')
+    probe = C.fit_probe(x, y, x, y)
+    val, test, history = C.finetune(model, 'image', data, data, data, config, tmp_path, (probe[0], x))
+    assert history['epoch'].tolist() == [0, 1] and history['val_auroc'][1] < history['val_auroc'][0]
+    assert np.allclose(val, probe[1], atol=1e-4) and np.allclose(test, val)

@@ -96,6 +96,17 @@ def test_feature_kinds_are_prompt_modes(tok, batch):
     with pytest.raises(GKError, match='own entities'): m.features({k: v for k, v in batch.items() if k != 'oracle_prompts'}, 'gk_oracle')
 
 
+def test_shuffled_prompts_are_those_of_the_study_before(tok, batch):
+    m = make(tok)
+    with torch.no_grad():
+        v = m.image_encoder(batch['images'])
+        own, other = (m.ground(v, batch, 'predicted', shuffle=s) for s in (False, True))
+        assert torch.equal(other['prompt_numbers'], own['prompt_numbers'].roll(1, 0))
+        one = {k: x[:1] for k, x in batch.items()}
+        assert torch.allclose(m.features(one, 'gk_shuffled'), m.features(one, 'gk_null'), atol=1e-6), 'a study alone has no other to take prompts from'
+    with pytest.raises(GKError, match='same prompts'): make(tok, prompts='all').features(batch, 'gk_shuffled')
+
+
 def test_controls_of_attention_maps(tok, phantoms):
     data, names = StudySet(phantoms[:5], None, 64), ['pneumothorax', 'nodule', 'mass']
     m = make(tok, region_source='vit')
@@ -297,6 +308,37 @@ def test_sweeps_carry_their_base_and_pair_with_fewer_seeds():
     with pytest.raises(GKError, match='share no seed'): T.difference(*(v.at(k) for v, k in zip(T.probe_values(cells[:2], 50), ([0], [1]))))
 
 
+def test_growth_is_the_gain_at_the_highest_level_minus_the_gain_at_the_lowest():
+    sweep = {'boilerplate': {'table': 'robustness', 'base': .5, 'levels': {0: {}, .8: {}}, 'seeds': [0, 1, 2]}}
+    p = replace(load_preset('smoke'), sweeps=sweep, ratios=(100.,), seeds=(0, 1, 2))
+    cells = [cell('gk', 2.), cell('itc_itm_lm', 1.9), cell('gk-boilerplate_0', 2.1), cell('itc_itm_lm-boilerplate_0', 2.), cell('gk-boilerplate_0.8', 2.), cell('itc_itm_lm-boilerplate_0.8', .5)]
+    t = T.robustness_table(T.probe_values(cells, 400), p)
+    row = t[t['factor'] == 'boilerplate, highest against lowest'].iloc[0]
+    gains = {v: np.mean([roc_auc_score(a.y, x, average='macro') - roc_auc_score(b.y, y, average='macro') for x, y in zip(a.scores, b.scores)]) for v, a, b in ((0, cells[2], cells[3]), (.8, cells[4], cells[5]))}
+    assert row['difference'] == pytest.approx(gains[.8] - gains[0]) and row['mean'] == pytest.approx(gains[.8]) and row['p_holm'] < .05 and row['seeds'] == 3
+    without = T.robustness_table(T.probe_values(cells[:4], 100), p)
+    assert not without['factor'].str.contains('highest').any() or without[without['factor'].str.contains('highest')]['difference'].notna().all()
+
+
+def test_the_clean_row_is_tested_once_and_swaps_not_at_all():
+    p = replace(load_preset('smoke'), ratios=(100.,), seeds=(0, 1, 2))
+    noisy = [cell('gk', 1.8, factor=f, level=v) for f in ('drop', 'jitter', 'swap') for v in (.1, .5)]
+    t = T.robustness_table(T.probe_values([cell('gk', 2.), cell('gk-image_only', 1.7), *noisy], 100), p)
+    tested = t[t['p'].notna()][['factor', 'level']].apply(tuple, axis=1).tolist()
+    assert sorted(tested) == [('drop', 0.), ('drop', .1), ('drop', .5), ('jitter', .1), ('jitter', .5)] and t['difference'].notna().sum() == 9
+
+
+def test_prompt_recall_counts_stated_entities_among_the_chosen(tmp_path):
+    "Three studies, five entities, two prompts each."
+    stated = np.array([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]])
+    score = np.array([[.9, .1, .8, 0, 0], [0, 0, .1, .8, .9], [.5, .4, .3, .2, .1]])
+    ids, labels = ['a', 'b', 'c'], list('vwxyz')
+    pd.DataFrame([{'study_id': i, 'subject_id': i, 'split': 'test', 'label': l, 'y': float(stated[r, c]), 'score': score[r, c], 'protocol': 'ecls'} for r, i in enumerate(ids) for c, l in enumerate(labels)]).to_parquet(tmp_path/'predictions.parquet')
+    pd.DataFrame({'label': labels, 'prevalence': [.1, .5, .1, .1, .4]}).to_parquet(tmp_path/'prevalence.parquet')
+    found = {name: (values['prompt_recall'], n) for name, _, values, n, _ in T._prompts(tmp_path, 'gk', 2, 50)}
+    assert found['gk'][0][0] == 3 / 4 and found['most_frequent'][0][0] == 2 / 4 and found['gk'][1] == 3 and len(found['gk'][0]) == 51
+
+
 def test_subgroup_gaps_of_gk_are_tested_against_the_reference():
     p = replace(load_preset('smoke'), ratios=(100.,), seeds=(0, 1, 2))
     a, b = cell('gk', 2.), cell('itc_itm_lm', 2.)
@@ -310,6 +352,11 @@ def test_subgroup_gaps_of_gk_are_tested_against_the_reference():
     assert sex.loc[('itc_itm_lm', 'M'), 'mean'] == .5 and np.isclose(sex.loc[('gk', 'F'), 'mean'], np.mean([roc_auc_score(a.y[half], s[half]) for s in a.scores])) and sex.loc[('gk', 'F'), 'n'] == half.sum()
     assert sex.loc[('gk', 'gap'), 'reference'] == 'itc_itm_lm' and sex.loc[('gk', 'gap'), 'verdict'] == 'lower' and np.isnan(sex.loc[('itc_itm_lm', 'M'), 'p'])
     assert set(t['attribute']) == {'sex', 'frequency of the finding'}, 'attributes that nobody knows are absent'
+
+
+def test_subgroups_of_other_studies_are_refused():
+    c = replace(cell('gk', 2.), ids=tuple(f's{i:03d}' for i in range(150))); ids = [f't{i:03d}' for i in range(150)]
+    with pytest.raises(GKError, match='test studies are not those'): T.truth_masks(c, None, None, None, ids)
 
 
 def test_groups_too_small_to_score_leave_no_table():
