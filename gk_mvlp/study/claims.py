@@ -157,7 +157,7 @@ def shown_evidence(rows: pd.DataFrame) -> pd.DataFrame:
     num = lambda r: f'{r.difference:+.3f}' + ('' if np.isnan(r.low) else f' ({r.low:+.3f} to {r.high:+.3f})')
     name = lambda v: '' if v is None or v != v or v == '' else PROTOCOLS.get(v, v.replace('_', ' '))
     out = pd.DataFrame({'task': [SHORT_NAMES.get(x, x.replace('_', ' ')) for x in rows['task']], 'data': rows['dataset'], 'how': [' '.join(x for x in (name(r.protocol), name(r.factor), f'{r.level:g}' if r.level == r.level else '', name(r.group)) if x) for r in rows.itertuples()],
-                        'labels': [f'{x:g} %' if x == x else '' for x in rows['ratio'].astype(float)], 'metric': [SHORT_NAMES.get(x, x.replace('_', ' ')) for x in rows['metric']], 'against': rows['reference'], 'difference (95 %)': [num(r) for r in rows.itertuples()],
+                        'labels': [f'{x:g} %' if x == x else '' for x in rows['ratio'].astype(float)], 'metric': [SHORT_NAMES.get(x, x.replace('_', ' ')) for x in rows['metric']], 'of': '' if (rows['method'] == 'gk').all() else rows['method'], 'against': rows['reference'], 'difference (95 %)': [num(r) for r in rows.itertuples()],
                         'p (Holm)': [f'{x:.3f}' if x == x else '' for x in rows['p_holm']], 'n': rows['n']})
     return out[[c for c in out if (out[c].astype(str) != '').any()]]
 
@@ -207,7 +207,7 @@ def report_text(p: Preset, gates: list[Gate], tables: dict[str, pd.DataFrame], n
             '## In short', '', pd.DataFrame([{'claim': c.title, 'verdict': v} for c, _, v in found]).to_markdown(index=False), '', '## The detector', '', *detector_lines(tables.get('detector', pd.DataFrame())), '']
     for c, rows, v in found:
         out += [f'## {c.title}', '', f'{c.says} **{v[0].upper() + v[1:]}.**', '']
-        if len(rows): out += ['From ' + ', '.join(f'`tables/{s}.csv`' for s in dict.fromkeys(rows['source'])) + f'; {"gk minus the other" if c.sign > 0 else "gap of gk minus gap of the other"}.', '', shown_evidence(rows).to_markdown(index=False, disable_numparse=True), '']
+        if len(rows): out += ['From ' + ', '.join(f'`tables/{s}.csv`' for s in dict.fromkeys(rows['source'])) + f'; {"gap of gk minus gap of the other" if c.sign < 0 else "gk minus the other" if (rows["method"] == "gk").all() else "the first minus the other"}.', '', shown_evidence(rows).to_markdown(index=False, disable_numparse=True), '']
         else: out += [c.needs, '']
     return '\n'.join([*out, '## The published numbers', '', 'Not testable here: they come from MIMIC-CXR pre-training at paper size on credentialed data. `paper_results/published` holds them with their sources, and the tables print them beside ours, marked as not comparable.', ''])
 
