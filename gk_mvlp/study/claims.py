@@ -199,8 +199,9 @@ def study_claims(tables: dict[str, pd.DataFrame]) -> list[tuple[Claim, pd.DataFr
 def report_text(p: Preset, gates: list[Gate], tables: dict[str, pd.DataFrame], name: str) -> str:
     "REPORT.md."
     found, closed = study_claims(tables), [g for g in gates if not g.holds]
+    few = f'the seeds have {len(p.seeds) - 1} degree(s) of freedom, so that only large and even differences pass: a claim that is not supported is not thereby refuted.' if len(p.seeds) > 1 else 'one seed: how much training runs differ is not in the intervals.'
     out = [f'# Results of `{name}`', '', f'{p.about} {len(p.seeds)} seed(s). For research only, not for clinical use.', '',
-           'Written by `gk_mvlp.study.claims` from the tables beside it; no sentence is typed by hand. Tests: paired, over patients (bootstrap) and seeds (Student), Holm-corrected within each table. All methods had the same pictures, reports, epochs, learning rate and model selection on validation; `gk` also had a detector trained on true region boxes, and entity labels from the reports (ECLS), which `itc_itm_lm_ecls` had, too.', '',
+           f'Written by `gk_mvlp.study.claims` from the tables beside it; no sentence is typed by hand. Tests: paired, over patients (bootstrap) and seeds (Student), Holm-corrected within each table; {few} All methods had the same pictures, reports, epochs, learning rate and model selection on validation; `gk` also had a detector trained on true region boxes, and entity labels from the reports (ECLS), which `itc_itm_lm_ecls` had, too.', '',
            '## Did the models learn?', '']
     if gates: out += [pd.DataFrame([{'gate': g.name, 'of': g.method, 'value': f'{g.value:.3f}' if isinstance(g.value, float) else g.value, 'needed': g.needed, 'holds': 'yes' if g.holds else '**no**'} for g in gates]).to_markdown(index=False, disable_numparse=True), '']
     out += [('All gates hold.' if not closed else f'{len(closed)} of {len(gates)} gates do not hold. What follows compares models that have not fully learned: read it as a property of this small study, not of the method.') if gates else 'No gate was measured.', '',

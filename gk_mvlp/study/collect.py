@@ -199,9 +199,9 @@ def comparison_sentences(comparisons: pd.DataFrame) -> str:
     "What the corrected paired tests support, in words."
     if not len(comparisons): return 'No comparison.'
     sure = comparisons[comparisons['p_holm'] < .05]
-    head = f'Of {len(comparisons)} paired comparisons of gk, {int((sure["difference"] > 0).sum())} are better and {int((sure["difference"] < 0).sum())} worse at p < .05 after Holm correction.'
-    lines = [f'- {r.dataset}, {PROTOCOLS[r.protocol]}, {r.ratio:g} %: gk {"better" if r.difference > 0 else "worse"} than {r.reference} by {abs(r.difference):.3f} ({r.low:.3f} to {r.high:.3f}), p = {r.p_holm:.3f}' for r in sure.itertuples()]
-    return '\n'.join([head, *lines]) if lines else head + ' No claim about gk is supported by this study.'
+    head = f'Of {len(comparisons)} paired comparisons, {int((sure["difference"] > 0).sum())} are better and {int((sure["difference"] < 0).sum())} worse at p < .05 after Holm correction.'
+    lines = [f'- {r.dataset}, {PROTOCOLS[r.protocol]}, {r.ratio:g} %: {r.method} {"better" if r.difference > 0 else "worse"} than {r.reference} by {abs(r.difference):.3f} ({r.low:.3f} to {r.high:.3f}), p = {r.p_holm:.3f}' for r in sure.itertuples()]
+    return '\n'.join([head, *lines]) if lines else head + ' No claim is supported by this study.'
 
 def markdown_report(table: pd.DataFrame, comparisons: pd.DataFrame, about: str) -> str:
     "The classification table as Markdown: per data set sizes, values, published numbers; then the comparisons."

@@ -200,6 +200,7 @@ def forest(self: StudyFigures) -> plt.Figure | None:
     "gk minus its references in classification and the other tasks, one panel per task, metric and protocol."
     main, tasks = self.table('comparisons'), self.table('task_comparisons')
     t = pd.concat([f.assign(metric=f['metric'] if 'metric' in f else 'auroc') for f in (main, tasks) if len(f)], ignore_index=True) if len(main) or len(tasks) else main
+    t = t[t['method'] == 'gk'] if len(t) else t
     if not len(t): return None
     several = t.groupby(['task', 'dataset', 'protocol', 'metric'])['ratio'].transform('nunique') > 1
     t = t.assign(label=[r.reference + (f', {r.ratio:g} % of labels' if s else '') for r, s in zip(t.itertuples(), several)])
