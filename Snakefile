@@ -43,7 +43,7 @@ rule detector:
     input: nb="nbs/experiments/70_detector.ipynb", lib=stage_sources("detector")
     output: f"{DETECTOR}/metrics.json"
     params: label="detector", p=given(seed=P.seeds[0]), settings=json.dumps([P.data, P.detector, P.detector_dataset, P.dataset_options.get(P.detector_dataset)])
-    threads: workflow.cores or 1  # it runs alone: all others wait for it
+    threads: int(config.get("cores", 1))  # it runs alone: all others wait for it
     shell: RUN
 
 rule pretrain:

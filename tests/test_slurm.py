@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gk_mvlp.config import load_preset
-from gk_mvlp.study.launch import study_jobs
+from gk_mvlp.study.launch import snakemake_command, study_jobs
 
 HERE = Path(__file__).parent
 PROFILE = """executor: slurm
@@ -41,6 +41,13 @@ def queue(env) -> dict[str, str]:
     "{job: rule} of what runs."
     r = subprocess.run(['squeue', '-h', '-t', 'RUNNING', '-o', '%i %k'], capture_output=True, text=True, env=env, check=True)
     return dict(line.split(' ', 1) for line in r.stdout.splitlines())
+
+
+def test_the_profile_of_the_repository_plans_a_study(tmp_path, root):
+    "Without a cluster: the graph must not need what only local runs have, such as a number of cores."
+    command = snakemake_command('smoke', '', str(tmp_path/'runs'), str(tmp_path/'results'), 2, dry_run=True, profile=str(root/'profiles/slurm'))
+    r = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'})
+    assert r.returncode == 0, r.stderr[-2000:]
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def snakemake_command(preset: str, data: str, runs: str, results: str, cores: in
     "The call of Snakemake for a preset: on `cores` of this machine, or where a workflow profile says."
     return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'Snakefile'), '--directory', str(project_root()), *(['--workflow-profile', profile] if profile else ['--workflow-profile', 'none', '--cores', str(cores)]),
             '--nolock', '--rerun-incomplete', '--keep-going', '--quiet', *(['rules', 'host'] if dry_run else ['all']), *(['--dry-run'] if dry_run else []),
-            '--config', f'preset={preset}', f'data={data}', f'runs={runs}', f'results={results}']
+            '--config', f'preset={preset}', f'data={data}', f'runs={runs}', f'results={results}', f'cores={cores}']
 
 # %% ../../nbs/study/62_launch.ipynb #635bcb28
 def _summary(results: Path) -> str:

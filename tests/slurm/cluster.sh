@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # A Slurm cluster of this one machine, for tests: cluster.sh start FOLDER | cluster.sh stop FOLDER.
 # Needs root, and Debian's packages slurmctld, slurmd, slurm-client and munge. Its files and ports are its own; SLURM_CONF=FOLDER/slurm.conf reaches it.
+# Snakemake's executor drops variables named SLURM_* inside of jobs, as these are inherited from an outer job: srun there reads /etc/slurm/slurm.conf, which is a link to ours while the cluster is up.
 set -euo pipefail
 action=$1 folder=$2
-stop() { for f in slurmd slurmctld munged; do [ ! -f "$folder/$f.pid" ] || kill "$(cat "$folder/$f.pid")" 2>/dev/null || true; done; }
+system=/etc/slurm/slurm.conf
+stop() { [ "$(readlink $system 2>/dev/null)" != "$folder/slurm.conf" ] || rm "$system"; for f in slurmd slurmctld munged; do [ ! -f "$folder/$f.pid" ] || kill "$(cat "$folder/$f.pid")" 2>/dev/null || true; done; }
 [ "$action" = start ] || { stop; exit 0; }
 mkdir -p "$folder"/{state,spool} && chmod 700 "$folder"
 node=$(hostname -s)
@@ -33,6 +35,7 @@ NodeName=$node NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(awk '/MemTotal/ {pr
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
 export SLURM_CONF="$folder/slurm.conf"
+mkdir -p /etc/slurm && ln -s "$folder/slurm.conf" "$system" || { echo "$system is there: another Slurm is set up on this machine" >&2; exit 1; }
 munged --force --key-file="$folder/key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" --log-file="$folder/munged.log" --seed-file="$folder/seed"
 slurmctld && slurmd -N "$node"
 for _ in $(seq 40); do [ "$(sinfo -h -o %T 2>/dev/null)" != idle ] || exit 0; sleep .5; done
