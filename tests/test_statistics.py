@@ -203,6 +203,11 @@ def test_a_true_null_is_rejected_no_more_often_than_stated(n_seeds, patients):
     assert np.mean(np.array(p) < .05) < .08
 
 
+def test_an_interval_of_a_share_ends_at_its_bounds():
+    boot = np.linspace(-.5, 1.5, 1001)
+    assert percentile_interval(boot, share=True) == (0., 1.) and percentile_interval(boot) == pytest.approx((-.45, 1.45))
+
+
 def test_p_values_are_fine_enough_for_a_table():
     "The largest family of a preset has about eighty tests."
     for n in (1, 3):

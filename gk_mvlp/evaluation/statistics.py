@@ -317,10 +317,12 @@ def seed_mean(values: np.ndarray, # [S, 1 + B]: each seed's metric on all data, 
 
 def with_whole(weights: np.ndarray) -> np.ndarray: "[1 + B, N]: the whole sample before its resamples."; return np.r_[np.ones((1, weights.shape[1])), weights]
 
-def percentile_interval(boot: np.ndarray, what: str = 'bootstrap', level: float = .95) -> tuple[float, float]:
+def percentile_interval(boot: np.ndarray, what: str = 'bootstrap', level: float = .95,
+                        share: bool = False # of a metric in 0..1, whose interval ends there: Student's tails know no bounds
+                        ) -> tuple[float, float]:
     "(low, high); more than a tenth of undefined resamples is a `GKError`."
     low, high = np.quantile(_kept(boot, what)[0], [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return (float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))) if share else (float(low), float(high))
 
 # %% ../../nbs/evaluation/51_statistics.ipynb #45108b56
 @dataclass(frozen=True)

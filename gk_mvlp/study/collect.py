@@ -98,7 +98,7 @@ def classification_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFr
             except UndefinedMetric:                             # validation has one value of every class: no threshold; AUROC must exist
                 if m not in ('f1', 'accuracy'): raise
                 continue
-            try: low, high = (np.nan, np.nan) if m in NO_INTERVAL else percentile_interval(boot, f'{c.dataset}, {c.method}, {c.ratio:g} %, {m}')
+            try: low, high = (np.nan, np.nan) if m in NO_INTERVAL else percentile_interval(boot, f'{c.dataset}, {c.method}, {c.ratio:g} %, {m}', share=True)
             except UndefinedMetric: low = high = np.nan         # too few patients with the finding: the number stands alone
             rows.append({'task': 'classification', 'dataset': c.dataset, 'method': c.method, 'ratio': c.ratio, 'metric': m, 'mean': mean, 'low': low, 'high': high, 'seeds': len(c.seeds),
                          'n': len(c.y), 'protocol': c.protocol, 'n_patients': len(set(c.patients)), 'n_positive': int(np.nansum(c.y == 1)), **c.sizes, 'classes': classes, 'runs': ' '.join(c.runs)})
@@ -117,7 +117,7 @@ def class_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFrame:
             try:
                 mean, boot = seed_mean(np.stack([macro_weighted(m, y, s[:, [i // 2]], w)[0] for s in c.scores]))
                 row['mean'] = mean
-                row['low'], row['high'] = percentile_interval(boot, label)
+                row['low'], row['high'] = percentile_interval(boot, label, share=True)
             except UndefinedMetric: pass                        # no value, or too few positives for an interval: the number then stands alone
             rows.append(row)
     return pd.DataFrame(rows)

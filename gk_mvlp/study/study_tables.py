@@ -56,7 +56,7 @@ def _row(v: Values, task: str) -> dict:
            'protocol': v.protocol, 'factor': v.factor, 'level': v.level, 'n_patients': v.n_patients}
     try:
         out['mean'], boot = seed_mean(v.values)
-        out['low'], out['high'] = percentile_interval(boot, f'{v.method}, {v.metric}')
+        out['low'], out['high'] = percentile_interval(boot, f'{v.method}, {v.metric}', share=v.metric != 'cnr')
     except UndefinedMetric: out['note'] = 'no value' if np.isnan(out['mean']) else 'too few for an interval'
     return out | {'runs': ' '.join(v.runs)}
 

@@ -102,7 +102,7 @@ def task_table(cells: Sequence[TaskCell]) -> pd.DataFrame:
                    'seeds': len(c.seeds), 'n': c.n, 'protocol': c.protocol, 'n_patients': c.n_patients, 'note': NOTES.get(metric, '') if metric != 'meteor' else '', 'runs': ' '.join(c.runs)}
             try:
                 row['mean'], boot = seed_mean(v)
-                if metric != 'filtered_map_40_75': row['low'], row['high'] = percentile_interval(boot, f'{c.task}, {c.method}, {metric}')
+                if metric != 'filtered_map_40_75': row['low'], row['high'] = percentile_interval(boot, f'{c.task}, {c.method}, {metric}', share=metric not in ('cnr', 'cider'))
             except UndefinedMetric: row['note'] = NOTES.get(metric, 'no value' if np.isnan(row['mean']) else 'too few for an interval')
             rows.append(row)
     return pd.DataFrame(rows).sort_values(['dataset', 'metric', 'protocol', 'method', 'ratio'], ignore_index=True)
