@@ -34,7 +34,7 @@ def test_onnx_parity(tmp_path, kw, classes):
     model = make(**kw)
     head = Classifier(model, 'image', classes).eval() if classes else None
     if head:
-        torch.nn.init.normal_(head.head.weight); torch.nn.init.normal_(head.norm.bias)
+        torch.nn.init.normal_(head.head.weight); torch.nn.init.normal_(head.norm.mean)
         if model.config.ecls_form == 'sigmoid': torch.nn.init.normal_(model.entity_bias)
     session = ort.InferenceSession(export_onnx(PictureClassifier(model, head), tmp_path/'m.onnx'))
     assert json.loads(session.get_modelmeta().custom_metadata_map['entities']) == list(ENTITY_NAMES)

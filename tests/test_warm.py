@@ -132,3 +132,10 @@ def test_the_server_serves_on_after_nonsense(served):
     p = start(served, 'exit', '0')
     p.communicate(timeout=60)
     assert p.returncode == 0
+
+
+def test_what_is_preloaded_leaves_figures_to_the_kernel():
+    "The inline backend configures the kernel that imports it first; imported in the server, it would leave every kernel without figures."
+    code = f"import importlib, sys; [importlib.import_module(m) for m in {warm.PRELOAD!r}]; assert 'matplotlib_inline.backend_inline' not in sys.modules; assert sys.modules['matplotlib.pyplot']._backend_mod is None"
+    r = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
