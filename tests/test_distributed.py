@@ -92,19 +92,22 @@ class Pairs(torch.utils.data.Dataset):
     def __getitems__(self, i): return {k: v[i] for k, v in self.fields.items()}
 
 
+QUEUE = 16
+
+
 class Cut(Exception): "A power cut."
 
 
-def train(path, shard=False, cut=0):
+def train(path, queue=0, shard=False, cut=0):
     """Three epochs of the whole model on Pairs through the trainer: the weights after it, the history, the trainer. With `cut` a first attempt ends at that step, and the second resumes.
 
-    Sharded, the decoder shares its words with the report encoder; there is no queue, which cannot be sharded."""
+    Without a queue, which cannot be sharded, the decoder shares its words with the report encoder."""
     gk_mvlp.models.gk_mvlp.hard_negatives = neighbours
     tok = train_tokenizer(prompt_book()[0], vocab_size=400)
     torch.manual_seed(0)
-    queue, calls = 0 if shard is not None else 16, 0
+    calls = 0
     model = GKMVLP(ModelConfig(dim=32, image_size=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=16, detector_dim=8, heads=2, dropout=0., train_prompts='predicted', queue=queue, tie_embeddings=not queue), tok)
-    config = TrainConfig(epochs=3, batch_size=WORLD * HALF, lr=1e-3, keep_best=False, shard=bool(shard), checkpoint_every=1)
+    config = TrainConfig(epochs=3, batch_size=WORLD * HALF, lr=1e-3, keep_best=False, shard=shard, checkpoint_every=1)
     def loss(m, b):
         nonlocal calls
         calls += 1
@@ -114,7 +117,6 @@ def train(path, shard=False, cut=0):
     trainer = Trainer(model, loss, Pairs(tok), config, path, evaluate=lambda m: {'val_features': float(m.features(some, 'gk').mean())}, quiet=True)
     if cut:
         with pytest.raises(Cut): trainer.fit()
-        trainer.wrapped = None
     history = trainer.fit()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     if not queue: return weights, history, trainer
@@ -124,7 +126,7 @@ def train(path, shard=False, cut=0):
 
 
 def train_worker(path):
-    torch.save(train(f'{path}/run', shard=None)[0], f'{path}/weights{os.environ["RANK"]}.pt')
+    torch.save(train(f'{path}/run', QUEUE)[0], f'{path}/weights{os.environ["RANK"]}.pt')
     dist.destroy_process_group()
 
 
@@ -149,13 +151,19 @@ def in_two_processes(path, job):
         assert p.returncode == 0, said.decode()[-3000:]
 
 
+def alone(path, queue=0):
+    "`train` in this process, which learns something, and leaves the model's negatives as they were."
+    original = gk_mvlp.models.gk_mvlp.hard_negatives
+    try: weights, history, trainer = train(path/'alone', queue)
+    finally: gk_mvlp.models.gk_mvlp.hard_negatives = original
+    assert history['loss'].iloc[-1] < history['loss'].iloc[0]
+    return weights, history, trainer
+
+
 @pytest.mark.skipif(not dist.is_gloo_available(), reason='this PyTorch has no gloo')
 def test_training_the_whole_model_in_two_processes_equals_one_with_twice_the_batch(tmp_path):
     in_two_processes(tmp_path, 'train')
-    original = gk_mvlp.models.gk_mvlp.hard_negatives
-    try: weights, history, _ = train(tmp_path/'alone', shard=None)
-    finally: gk_mvlp.models.gk_mvlp.hard_negatives = original
-    assert history['loss'].iloc[-1] < history['loss'].iloc[0]
+    weights, history, _ = alone(tmp_path, QUEUE)
     for r in range(WORLD):
         other = torch.load(tmp_path/f'weights{r}.pt', weights_only=True)
         assert set(other) == set(weights)
@@ -165,10 +173,7 @@ def test_training_the_whole_model_in_two_processes_equals_one_with_twice_the_bat
 @pytest.mark.skipif(not dist.is_gloo_available(), reason='this PyTorch has no gloo')
 def test_sharded_training_equals_one_process_and_resumes_to_the_bit(tmp_path):
     in_two_processes(tmp_path, 'shard')
-    original = gk_mvlp.models.gk_mvlp.hard_negatives
-    try: weights, history, trainer = train(tmp_path/'alone', shard=False)
-    finally: gk_mvlp.models.gk_mvlp.hard_negatives = original
-    assert history['loss'].iloc[-1] < history['loss'].iloc[0]
+    weights, history, trainer = alone(tmp_path)
     for r in range(WORLD):
         out = torch.load(tmp_path/f'out{r}.pt', weights_only=True)
         for k in weights: assert torch.allclose(out['weights'][k].float(), weights[k].float(), atol=1e-5), (k, float((out['weights'][k].float() - weights[k].float()).abs().max()))
