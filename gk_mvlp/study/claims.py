@@ -21,7 +21,6 @@ from ..config import Preset
 from ..paths import GKError, atomic_write, read_text
 from .collect import CONTROLS, PROTOCOLS, SHORT_NAMES
 from .launch import pretrained
-from .variants import variants
 
 # %% ../../nbs/study/98_claims.ipynb #b2fb12c8
 ITM_GATE, ITC_SHARE, SOLVED = .60, .90, .98
