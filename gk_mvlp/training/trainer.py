@@ -218,7 +218,7 @@ class _Setup(_State):
         self.acc, self.device = world, world.device
         self.model.to(self.device)
         self.wrapped = split(self.model, self.device) if self.sharded else self.acc.prepare_model(self.model)
-        self.opt = torch.optim.AdamW(parameter_groups(self.trained, c), lr=c.lr)
+        self.opt = torch.optim.AdamW(parameter_groups(self.trained, c), lr=c.lr, fused=not self.sharded)
         self.schedule = get_cosine_schedule_with_warmup(self.opt, round(c.warmup_ratio * self.total_steps), self.total_steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=c.precision == 'fp16')
         if c.compile: self.wrapped = torch.compile(self.wrapped)
