@@ -6,8 +6,8 @@
 __all__ = ['DRAWS', 'WEIGHTED', 'PatientSampler', 'patient_weights', 'Interval', 'bootstrap_ci', 'Comparison', 'bootstrap_p',
            'paired_bootstrap', 'permutation_test', 'DeLong', 'delong', 'holm', 'seed_draws', 'table_draws',
            'aggregate_seeds', 'weighted_auroc', 'weighted_auprc', 'weighted_mean', 'weighted_f1', 'weighted_ece',
-           'macro_weighted', 'class_thresholds', 'seed_mean', 'with_whole', 'percentile_interval', 'SeedInterval',
-           'seed_interval']
+           'class_weighted', 'macro_of', 'macro_weighted', 'class_thresholds', 'seed_mean', 'with_whole',
+           'percentile_interval', 'SeedInterval', 'seed_interval']
 
 # %% ../../nbs/evaluation/51_statistics.ipynb #85b0f094
 from collections.abc import Callable, Sequence
@@ -229,6 +229,8 @@ def aggregate_seeds(metric_fn: Callable[..., float], # metric_fn(y, s)
 def _up_to(s: np.ndarray, weights: np.ndarray, at: np.ndarray # [N], [B, N], [K]
            ) -> tuple[np.ndarray, np.ndarray]: # [B, K] each
     "Weight of the studies whose score is below, and of those whose score is not above, each of `at`."
+    if len(s) * len(at) <= 2**18:                             # a matrix product is faster than sorted sums while its matrix is small
+        return tuple(weights @ compare(s[:, None], at).astype(weights.dtype) for compare in (np.less, np.less_equal))
     order = np.argsort(s, kind='stable'); total = np.zeros((len(weights), len(s) + 1))
     np.cumsum(weights[:, order], 1, out=total[:, 1:])
     return tuple(total[:, np.searchsorted(s[order], at, side)] for side in ('left', 'right'))
@@ -271,15 +273,15 @@ def weighted_ece(y: np.ndarray, p: np.ndarray, weights: np.ndarray, n_bins: int 
 # %% ../../nbs/evaluation/51_statistics.ipynb #6195ae0a
 WEIGHTED = ('auroc', 'auprc', 'f1', 'accuracy', 'brier', 'ece')
 
-def macro_weighted(metric: str, # one of `WEIGHTED`
+def class_weighted(metric: str, # one of `WEIGHTED`
                    y: np.ndarray, s: np.ndarray, # [N, C] 1, 0 or NaN; [N, C] scores, probabilities for brier and ece
                    weights: np.ndarray, # [B, N]
                    thresholds: np.ndarray | None = None # [C] from validation, for f1 and accuracy; NaN = the class has none
-                   ) -> tuple[np.ndarray, int]:
-    "([B] mean over the classes defined in each resample, number of classes that have a value on all data). `UndefinedMetric` when no class has."
+                   ) -> dict[int, np.ndarray]:
+    "{class: [B] values} of the classes that have a value on all data; NaN where a resample has none."
     if metric not in WEIGHTED: raise GKError(f'metric {metric!r}', f'Use one of: {", ".join(WEIGHTED)}.')
     if metric in ('f1', 'accuracy') and thresholds is None: raise GKError(f'{metric} without thresholds', 'Take them from validation with class_thresholds.')
-    out = []
+    out = {}
     for c in range(y.shape[1]):
         k = ~np.isnan(y[:, c])
         if len(np.unique(y[k, c])) < 2: continue
@@ -287,14 +289,24 @@ def macro_weighted(metric: str, # one of `WEIGHTED`
         if metric in ('f1', 'accuracy'):
             if np.isnan(thresholds[c]): continue
             hit = sc >= thresholds[c]
-            out.append(weighted_f1(yc, hit, w) if metric == 'f1' else weighted_mean(hit == yc, w))
+            out[c] = weighted_f1(yc, hit, w) if metric == 'f1' else weighted_mean(hit == yc, w)
         elif metric in ('brier', 'ece'):
             check_probability(yc, sc)
-            out.append(weighted_mean((sc - yc) ** 2, w) if metric == 'brier' else weighted_ece(yc, sc, w))
-        else: out.append((weighted_auroc if metric == 'auroc' else weighted_auprc)(yc, sc, w))
-    if not out: raise UndefinedMetric(f'{metric}: no class has a value in the test split', 'Use a larger test split.')
-    n = (~np.isnan(out)).sum(0)
-    return _ratio(np.nansum(out, 0), n), len(out)
+            out[c] = weighted_mean((sc - yc) ** 2, w) if metric == 'brier' else weighted_ece(yc, sc, w)
+        else: out[c] = (weighted_auroc if metric == 'auroc' else weighted_auprc)(yc, sc, w)
+    return out
+
+def macro_of(values: dict[int, np.ndarray], metric: str # of `class_weighted`
+             ) -> tuple[np.ndarray, int]:
+    "([B] mean over the classes defined in each resample, number of classes that have a value on all data). `UndefinedMetric` when no class has."
+    if not values: raise UndefinedMetric(f'{metric}: no class has a value in the test split', 'Use a larger test split.')
+    out = np.stack(list(values.values()))
+    return _ratio(np.nansum(out, 0), (~np.isnan(out)).sum(0)), len(out)
+
+def macro_weighted(metric: str, y: np.ndarray, s: np.ndarray, weights: np.ndarray, thresholds: np.ndarray | None = None # as `class_weighted`
+                   ) -> tuple[np.ndarray, int]:
+    "`macro_of` the `class_weighted` values."
+    return macro_of(class_weighted(metric, y, s, weights, thresholds), metric)
 
 def class_thresholds(y_val: np.ndarray, s_val: np.ndarray, criterion: str = 'f1') -> np.ndarray: # [C]
     "The threshold of each class from validation [N, C]; NaN for a class with one value there."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'NO_INTERVAL', 'CONTROLS', 'REFERENCES', 'PAIRS', 'ORDER', 'METRIC_NAMES', 'SHORT_NAMES', 'PROTOCOLS',
-           'SAVED', 'Cell', 'finished_runs', 'load_cells', 'resample', 'classification_table', 'class_table',
-           'comparison_table', 'detector_table', 'wide_table', 'published', 'sizes_sentence', 'comparison_sentences',
-           'markdown_report', 'write_table', 'latex_report', 'write_classification', 'sha256', 'saved_files',
-           'result_files', 'build_manifest', 'main']
+           'SAVED', 'Cell', 'finished_runs', 'load_cells', 'class_values', 'resample', 'classification_table',
+           'class_table', 'comparison_table', 'detector_table', 'wide_table', 'published', 'sizes_sentence',
+           'comparison_sentences', 'markdown_report', 'write_table', 'latex_report', 'write_classification', 'sha256',
+           'saved_files', 'result_files', 'build_manifest', 'main']
 
 # %% ../../nbs/study/64_collect.ipynb #0001ce85
 import hashlib
@@ -15,7 +15,8 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import pandas as pd
 
 from ..config import Preset
 from ..evaluation.metrics import UndefinedMetric
-from ..evaluation.statistics import bootstrap_p, class_thresholds, holm, macro_weighted, patient_weights, percentile_interval, seed_mean, table_draws, with_whole
+from ..evaluation.statistics import bootstrap_p, class_thresholds, class_weighted, holm, macro_of, patient_weights, percentile_interval, seed_mean, table_draws, with_whole
 from ..paths import GKError, atomic_write, published_dir, read_text, write_json
 from .launch import classification_jobs
 
@@ -41,6 +42,7 @@ class Cell:
     thresholds: np.ndarray | None = None # [S, C], from each seed's validation predictions
     labels: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()     # of the N studies
+    memo: dict = field(default_factory=dict, repr=False, compare=False) # of `class_values`
 
 def finished_runs(folder: Path) -> list[Path]:
     "Run folders below a stage's folder; one that is not finished is an error."
@@ -75,11 +77,19 @@ def _cell(key: tuple, v: list) -> Cell:
                 {k: int(np.mean([x[5][k] for x in v])) for k in ('n_train', 'n_val')}, np.stack([x[6] for x in v]), tuple(first.columns), tuple(first.index))
 
 # %% ../../nbs/study/64_collect.ipynb #ec98bbca
-def resample(cell: Cell, weights: np.ndarray, # [B, N]
-             metric: str = 'auroc') -> tuple[np.ndarray, int]:
-    "([S, 1 + B] a macro metric of each seed on all studies and on every resample, classes), see `macro_weighted`."
-    w = with_whole(weights)
-    per = [macro_weighted(metric, cell.y, s, w, None if cell.thresholds is None else cell.thresholds[k]) for k, s in enumerate(cell.scores)]
+@lru_cache(2)
+def _weights(patients: tuple, n_boot: int) -> np.ndarray: return with_whole(patient_weights(patients, n_boot))
+
+def class_values(cell: Cell, n_boot: int, metric: str = 'auroc') -> list[dict[int, np.ndarray]]: # for each seed {class: [1 + n_boot]}
+    "A metric of every class and seed on all studies and on every resample, see `class_weighted`."
+    if (metric, n_boot) not in cell.memo:
+        w = _weights(tuple(cell.patients), n_boot)
+        cell.memo[metric, n_boot] = [class_weighted(metric, cell.y, s, w, None if cell.thresholds is None else cell.thresholds[k]) for k, s in enumerate(cell.scores)]
+    return cell.memo[metric, n_boot]
+
+def resample(cell: Cell, n_boot: int, metric: str = 'auroc') -> tuple[np.ndarray, int]:
+    "([S, 1 + n_boot] a macro metric of each seed on all studies and on every resample, classes)."
+    per = [macro_of(v, metric) for v in class_values(cell, n_boot, metric)]
     return np.stack([p[0] for p in per]), min(p[1] for p in per)
 
 METRICS = ('auroc', 'auprc', 'f1', 'accuracy', 'brier', 'ece')
@@ -90,10 +100,9 @@ def classification_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFr
     "Long table, one row per (data set, method, ratio, protocol, metric of `METRICS`): task, dataset, method, ratio, metric, mean, low, high, seeds, n, and what it rests on."
     rows = []
     for c in cells:
-        w = patient_weights(c.patients, n_boot)
         for m in METRICS if c.thresholds is not None else ('auroc',):
             try:
-                values, classes = resample(c, w, m)
+                values, classes = resample(c, n_boot, m)
                 mean, boot = seed_mean(values)
             except UndefinedMetric:                             # validation has one value of every class: no threshold; AUROC must exist
                 if m not in ('f1', 'accuracy'): raise
@@ -109,16 +118,15 @@ def class_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFrame:
     "AUROC and AUPRC of every class, with its positives; a class without both values in the test split has a row without a number."
     rows = []
     for c in cells:
-        w = with_whole(patient_weights(c.patients, n_boot))
-        for i, (label, m) in enumerate((n, m) for n in c.labels for m in ('auroc', 'auprc')):
-            y = c.y[:, [i // 2]]
+        for i, (label, m) in ((i, x) for i, n in enumerate(c.labels) for x in ((n, 'auroc'), (n, 'auprc'))):
+            y = c.y[:, i]
             row = {'task': 'classification', 'dataset': c.dataset, 'method': c.method, 'ratio': c.ratio, 'metric': m, 'label': label, 'mean': np.nan, 'low': np.nan, 'high': np.nan, 'seeds': len(c.seeds),
                    'n': int((~np.isnan(y)).sum()), 'n_positive': int(np.nansum(y == 1)), 'protocol': c.protocol}
-            try:
-                mean, boot = seed_mean(np.stack([macro_weighted(m, y, s[:, [i // 2]], w)[0] for s in c.scores]))
-                row['mean'] = mean
-                row['low'], row['high'] = percentile_interval(boot, label, share=True)
-            except UndefinedMetric: pass                        # no value, or too few positives for an interval: the number then stands alone
+            per = class_values(c, n_boot, m)
+            if all(i in v for v in per):                        # the label has both values
+                row['mean'], boot = seed_mean(np.stack([v[i] for v in per]))
+                try: row['low'], row['high'] = percentile_interval(boot, label, share=True)
+                except UndefinedMetric: pass                    # too few positives for an interval: the number stands alone
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -135,7 +143,7 @@ def comparison_table(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]] = P
             if other is None: continue
             if other.seeds != c.seeds or not np.array_equal(other.patients, c.patients): raise GKError(f'{d}, {ref}: other seeds or studies than {method}', 'Run both with the same preset.')
             for m, x in ((method, c), (ref, other)):
-                if (key := (d, m, p, r)) not in values: values[key] = resample(x, patient_weights(x.patients, table_draws(len(x.seeds))))[0]
+                if (key := (d, m, p, r)) not in values: values[key] = resample(x, table_draws(len(x.seeds)))[0]
             try:
                 value, boot = seed_mean(values[d, method, p, r] - values[d, ref, p, r])
                 low, high = percentile_interval(boot, f'{d}, {method} - {ref}')
