@@ -118,7 +118,7 @@ def _probe_cell(key: tuple, v: list) -> ProbeCell:
     for _, run, y, *_ in v:
         if not y.index.equals(first.index) or not np.array_equal(y, first, equal_nan=True): raise GKError(f'{run}: its test studies or labels differ from those of another seed', 'Delete runs of older data and call make paper again.')
     return ProbeCell(dataset, method, protocol, ratio, first.to_numpy(float), np.stack([x[3].to_numpy(float) for x in v]), v[0][4].to_numpy(), tuple(x[0] for x in v), tuple(x[1] for x in v), {},
-                     np.stack([x[5] for x in v]), tuple(first.columns), tuple(first.index), factor, level)
+                     np.stack([x[5] for x in v]), tuple(first.columns), tuple(first.index), factor=factor, level=level)
 
 # %% ../../nbs/study/95_study_tables.ipynb #0b9f3d63
 def probe_values(cells: Sequence[ProbeCell], n_boot: int = 1000) -> list[Values]:
