@@ -22,7 +22,7 @@ from nbconvert.preprocessors import Preprocessor
 from gk_mvlp.study.report_parts import section
 
 ROOT = Path(__file__).resolve().parents[1]
-NBS, PRESETS = ROOT/'nbs', ('full', 'mini', 'public')
+NBS, PRESETS = ROOT/'nbs', ('full', 'mini', 'sweeps', 'public')
 SECTIONS = {'tutorials': 'Tutorial', '': 'Foundations', 'data': 'Data', 'models': 'Model', 'training': 'Training', 'tasks': 'Tasks', 'evaluation': 'Evaluation', 'study': 'Study engine', 'apps': 'Using a model',
             'experiments': 'Experiments', 'paper': 'Tables and figures'}
 CSS = '''.formula { overflow-x: auto; overflow-y: hidden; padding: .4em 0; } .md-typeset table:not([class]) { font-size: .62rem; } .md-typeset .jp { overflow-x: auto; } .md-typeset img { background: #fff; }

@@ -55,7 +55,7 @@ def outdated(folder: Path) -> str:
 
 def gate_sentence(report: str) -> str:
     "What the report says of its gates."
-    return re.search(r'^(All gates hold\.|\d+ of \d+ gates do not hold\.|No gate was measured\.)', report, re.MULTILINE)[1]
+    return re.search(r'^(All gates hold\.|\d+ of \d+ gates do(?:es)? not hold\.|No gate was measured\.)', report, re.MULTILINE)[1]
 
 
 def claims_by_verdict(report: str) -> dict[str, list[str]]:
@@ -121,7 +121,7 @@ def transcript(folder: Path) -> list[str]:
 
 def blocks() -> dict[str, list[str]]:
     "{name of the block: its lines}. The main study, the largest whose numbers stand, comes first and is the only one with tables."
-    folders = [f for p in ('full', 'mini', 'public') if ((f := ROOT/'paper_results'/p)/'manifest.json').is_file()]
+    folders = [f for p in ('full', 'mini', 'sweeps', 'public') if ((f := ROOT/'paper_results'/p)/'manifest.json').is_file()]
     folders.sort(key=lambda f: bool(outdated(f)))
     return {'transcript': transcript(ROOT/'paper_results'/'mini'), 'sentences': in_words(folders), 'results': [line for f in folders[:1] for line in study(f)]}
 

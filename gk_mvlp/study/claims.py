@@ -127,11 +127,11 @@ CLAIMS = (
     Claim('The gain survives errors of the detector', 'With boxes jittered or dropped, regions still add to the whole picture. (Swapped regions are shown, not tested: probes pool over the regions, so a swap can hardly matter to them.)',
           lambda t: _is(source='robustness', method='gk', reference='gk-image_only')(t) & t['factor'].isin(['jitter', 'drop']) & (t['level'] > 0)),
     Claim('The gain grows with the redundancy of reports', 'Boilerplate in reports hurts a model without the GK module more (the motivation of the paper): the gain with most boilerplate minus the gain with none.',
-          lambda t: _is(source='robustness')(t) & t['factor'].astype(str).str.startswith('boilerplate, highest'), needs='PRESET=full: the sweep over boilerplate.'),
+          lambda t: _is(source='robustness')(t) & t['factor'].astype(str).str.startswith('boilerplate, highest'), needs='PRESET=sweeps: the sweep over boilerplate.'),
     Claim('Grounding does not widen gaps between groups', 'The gap between the best and the worst group of patients or findings is no wider than without the GK module.',
           lambda t: _is(source='subgroups', method='gk', reference='itc_itm_lm')(t) & t['group'].astype(str).str.endswith(', gap'), sign=-1),
     Claim('The gain grows with data and size', 'The gain with most studies, or the widest model, minus the gain with fewest or the narrowest.',
-          lambda t: _is(source='scaling')(t) & t['factor'].astype(str).str.endswith('highest against lowest'), needs='Sweeps over studies and size with itc_itm_lm among their methods.'),
+          lambda t: _is(source='scaling')(t) & t['factor'].astype(str).str.endswith('highest against lowest'), needs='PRESET=sweeps: studies and size.'),
     Claim('Written reports are better than copied ones', 'The fine-tuned decoder does better than copying the training report of the nearest picture by pixels.',
           _is(source='task_comparisons', method='gk', reference='nearest_neighbour')))
 
@@ -203,7 +203,7 @@ def report_text(p: Preset, gates: list[Gate], tables: dict[str, pd.DataFrame], n
            f'Written by `gk_mvlp.study.claims` from the tables beside it; no sentence is typed by hand. Tests: paired, over patients (bootstrap) and seeds (Student), Holm-corrected within each table; {few} All methods had the same pictures, reports, epochs, learning rate and model selection on validation; `gk` also had a detector trained on true region boxes, and entity labels from the reports (ECLS), which `itc_itm_lm_ecls` had, too.', '',
            '## Did the models learn?', '']
     if gates: out += [pd.DataFrame([{'gate': g.name, 'of': g.method, 'value': f'{g.value:.3f}' if isinstance(g.value, float) else g.value, 'needed': g.needed, 'holds': 'yes' if g.holds else '**no**'} for g in gates]).to_markdown(index=False, disable_numparse=True), '']
-    out += [('All gates hold.' if not closed else f'{len(closed)} of {len(gates)} gates do not hold. What follows compares models that have not fully learned: read it as a property of this small study, not of the method.') if gates else 'No gate was measured.', '',
+    out += [('All gates hold.' if not closed else f'{len(closed)} of {len(gates)} gates {"does" if len(closed) == 1 else "do"} not hold. What follows compares models that have not fully learned: read it as a property of this small study, not of the method.') if gates else 'No gate was measured.', '',
             '## In short', '', pd.DataFrame([{'claim': c.title, 'verdict': v} for c, _, v in found]).to_markdown(index=False), '', '## The detector', '', *detector_lines(tables.get('detector', pd.DataFrame())), '']
     for c, rows, v in found:
         out += [f'## {c.title}', '', f'{c.says} **{v[0].upper() + v[1:]}.**', '']
