@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from gk_mvlp.apps.predict import Predictor, check_grey, describe, find_model, mark_entities, overlay, parse_question
+from gk_mvlp.apps.predict import Predictor, _past, check_grey, describe, find_model, mark_entities, overlay, parse_question
 from gk_mvlp.cli import main
 from gk_mvlp.data.anatomy import REGIONS
 from gk_mvlp.data.knowledge import ENTITIES, ENTITY_NAMES, extract_entities
@@ -167,6 +167,12 @@ def test_real_dicom(predictor, real_data):
     "The same picture stored both ways round gives the same result."
     a, b = (predictor(f) for f in sorted((real_data/'dicom').glob('*.dcm')))
     assert a.image.shape == b.image.shape == (1024, 1024) and a.report is not None and set(a.regions.index) == set(REGIONS)
+
+
+def test_labels_of_regions_that_begin_at_one_place_lie_below_each_other():
+    taken = []
+    for box in [(10, 10, 90, 20), (10, 10, 80, 20), (12, 14, 70, 24), (200, 12, 260, 22)]: taken.append(_past(box, taken))
+    assert taken == [(10, 10, 90, 20), (10, 20, 80, 30), (12, 30, 70, 40), (200, 12, 260, 22)]
 
 
 def test_overlay_lights_up_the_strongest_region(predictor, picture):

@@ -285,6 +285,12 @@ def _legend(side: int, font) -> Image.Image:
     return strip
 
 # %% ../../nbs/apps/80_predict.ipynb #16b107b9
+def _past(box: tuple, taken: list[tuple]) -> tuple:
+    "`box`, moved down past those of `taken` that it meets."
+    for t in sorted(taken, key=lambda t: t[1]):
+        if box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3]: box = box[0], t[3], box[2], t[3] + box[3] - box[1]
+    return box
+
 def overlay(p: Prediction, entity: str = '', # '' = all regions, else the regions that attend to it
             side: int = 768 # longer side of the result, pixels
             ) -> Image.Image:
@@ -306,11 +312,12 @@ def overlay(p: Prediction, entity: str = '', # '' = all regions, else the region
     for name in strength.sort_values().index:                # the strongest last, on top
         layer = Image.new('RGBA', base.size); ImageDraw.Draw(layer).rectangle(boxes.loc[name].tolist(), fill=(255, 140, 0, round(110 * strength[name] ** 2)))
         glow = Image.alpha_composite(glow, layer)
-    draw = ImageDraw.Draw(glow)
+    draw, taken = ImageDraw.Draw(glow), []
     for name in strength.nlargest(3).index[::-1]:
-        x, y = boxes.loc[name, ['x1', 'y1']]
         draw.rectangle(boxes.loc[name].tolist(), outline=(255, 200, 0, 255), width=max(1, side // 300))
-        draw.text((x + 4, y + 3), f'{name} {a[name]:.2f}', fill='white', font=font, stroke_width=2, stroke_fill='black')
+        text, at = f'{name} {a[name]:.2f}', tuple(boxes.loc[name, ['x1', 'y1']] + 4)
+        taken.append(_past(draw.textbbox(at, text, font, 'lt', stroke_width=2), taken))
+        draw.text(taken[-1][:2], text, 'white', font, 'lt', stroke_width=2, stroke_fill='black')
     return Image.alpha_composite(base.convert('RGBA'), glow).convert('RGB')
 
 # %% ../../nbs/apps/80_predict.ipynb #431bf029
