@@ -9,7 +9,7 @@ import torch
 from gk_mvlp.data.anatomy import NUM_REGIONS
 from gk_mvlp.data.images import to_float
 from gk_mvlp.models.detector import (DetectionSet, DetectorConfig, MedianBoxes, RegionDetector, detection_loss, move_boxes, paired_iou, region_metrics,
-                                     stretch, train_detector, vary_exposure)
+                                     stretch, train_detector, vary_build, vary_exposure)
 from gk_mvlp.paths import GKError
 from gk_mvlp.training.trainer import TrainConfig
 
@@ -180,6 +180,27 @@ def test_detection_set_augments_by_epoch_and_keeps_absent_regions():
     plain = DetectionSet(images, boxes, valid).__getitems__([2])
     assert plain['images'].equal(to_float(torch.from_numpy(images[[2]]))) and torch.allclose(plain['boxes'][0, 0], torch.from_numpy(boxes[2, 0]))
     with pytest.raises(GKError, match='6 pictures, 5 boxes'): DetectionSet(images, boxes[:5], valid)
+
+
+def test_boxes_follow_the_picture_into_another_build():
+    boxes = torch.zeros(5, 29, 4); boxes[:, 0] = torch.tensor([.15, .2, .42, .8]); boxes[:, 8] = torch.tensor([.58, .25, .85, .75]); boxes[4, 8] = 0
+    x = torch.full((5, 1, 256, 256), -1.)
+    for r in (0, 8):
+        x0, y0, x1, y1 = (boxes[0, r] * 256).round().int().tolist(); x[:, :, y0:y1, x0:x1] = 1.
+    y, moved = vary_build(x, boxes, torch.Generator().manual_seed(3), 1.)
+    for i in range(4):
+        for r in (0, 8):
+            assert not torch.allclose(moved[i, r], boxes[i, r], atol=.01)
+            half = slice(0, 256), slice(0, int(128 * (moved[i, 0, 2] + moved[i, 8, 0]))) if r == 0 else slice(int(128 * (moved[i, 0, 2] + moved[i, 8, 0])), 256)
+            ys, xs = (y[i, 0][half] > 0).nonzero().unbind(1)
+            seen = torch.stack([xs.min() + half[1].start, ys.min(), xs.max() + 1 + half[1].start, ys.max() + 1]) / 256
+            torch.testing.assert_close(seen, moved[i, r], atol=.015, rtol=0)        # a pixel on the edge is stretched with the wall
+    assert torch.equal(moved[:, 1:8], boxes[:, 1:8]) and len(moved[:4, 0].unique(dim=0)) == 4
+    torch.testing.assert_close(y[4], x[4], atol=1e-4, rtol=0); torch.testing.assert_close(moved[4], boxes[4])        # one lung: as it was
+    again = vary_build(x, boxes, torch.Generator().manual_seed(3), 1.)
+    assert torch.equal(again[0], y) and torch.equal(again[1], moved)
+    still, same = vary_build(x, boxes, torch.Generator().manual_seed(0), 0.)
+    torch.testing.assert_close(still, x, atol=1e-3, rtol=0); torch.testing.assert_close(same, boxes)
 
 
 def test_stretch_moves_boxes_with_the_picture():

@@ -24,7 +24,7 @@ import pandas as pd
 
 from ..config import Preset
 from ..evaluation.metrics import UndefinedMetric
-from ..evaluation.statistics import bootstrap_p, class_thresholds, class_weighted, holm, macro_of, patient_weights, percentile_interval, seed_mean, table_draws, with_whole
+from ..evaluation.statistics import bootstrap_p, class_thresholds, class_weighted, holm, macro_of, patient_weights, percentile_interval, seed_mean, table_draws, weighted_mean, with_whole
 from ..paths import GKError, atomic_write, published_dir, read_text, write_json
 from .launch import classification_jobs
 
@@ -156,7 +156,7 @@ def comparison_table(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]] = P
 # %% ../../nbs/study/64_collect.ipynb #63c7da64
 def detector_table(run: Path, dataset: str = 'phantom' # that it was trained on
                    ) -> pd.DataFrame:
-    "Region IoU on held-out studies of its data set and lung IoU on real X-rays, detector beside the constant median box, with bootstrap intervals over regions' pictures or patients."
+    "Region IoU on held-out studies of its data set and lung IoU on real X-rays (`boxes`: the test; `masks`: what training was chosen on), detector beside the constant median box and beside itself without the mean error, with bootstrap intervals over regions or patients."
     t, rows = pd.read_csv(run/'regions.csv'), []
     for method, prefix in (('detector', ''), ('constant', 'constant_')):
         for metric, column in (('region_iou', 'iou'), ('detection_rate', 'detection_rate')):
@@ -165,10 +165,12 @@ def detector_table(run: Path, dataset: str = 'phantom' # that it was trained on
             rows.append({'task': 'detector', 'dataset': dataset, 'method': method, 'ratio': np.nan, 'metric': metric, 'mean': v.mean(), 'low': np.quantile(b, .025), 'high': np.quantile(b, .975), 'seeds': 1, 'n': int(t['n'].max()), 'interval': 'over regions'})
     if (run/'lungs.csv').is_file():
         f = pd.read_csv(run/'lungs.csv')
-        w = patient_weights(f['patient'].astype(str))
-        for method, column in (('detector', 'iou'), ('constant', 'constant_iou')):
-            b = (w * f[column].to_numpy()).sum(1) / w.sum(1)
-            rows.append({'task': 'detector', 'dataset': 'covid_chestxray', 'method': method, 'ratio': np.nan, 'metric': 'lung_iou', 'mean': f[column].mean(), 'low': np.quantile(b, .025), 'high': np.quantile(b, .975), 'seeds': 1, 'n': int(f['study_id'].nunique()), 'interval': 'over patients'})
+        for truth, metric in (('boxes', 'lung_iou'), ('masks', 'lung_mask_iou')):
+            if not len(g := f[f['truth'] == truth]): continue
+            w = patient_weights(g['patient'].astype(str))
+            for method, column in (('detector', 'iou'), ('detector-steady', 'steady_iou'), ('constant', 'constant_iou')):
+                b = weighted_mean(g[column], w)
+                rows.append({'task': 'detector', 'dataset': 'covid_chestxray', 'method': method, 'ratio': np.nan, 'metric': metric, 'mean': g[column].mean(), 'low': np.quantile(b, .025), 'high': np.quantile(b, .975), 'seeds': 1, 'n': g['study_id'].nunique(), 'interval': 'over patients'})
     return pd.DataFrame(rows).assign(runs=run.name)
 
 # %% ../../nbs/study/64_collect.ipynb #9344f5b0
