@@ -1,4 +1,5 @@
 # The study as a graph. Each job runs one notebook through gk_mvlp.study.run, which checks parameters and keeps failed notebooks.
+# Priorities: what most jobs wait for first, then the longest; so that the tables of tasks are made beside other jobs and few are left for the end.
 # Called by `gk-mvlp paper`. Settings are plain params, so that Snakemake sees when they change. Checkpoints are not declared as
 # outputs, because outputs of a failed job are deleted and a resumed job needs them.
 import json
@@ -48,6 +49,7 @@ rule detector:
 
 rule pretrain:
     input: nb="nbs/experiments/71_pretrain.ipynb", detector=f"{DETECTOR}/metrics.json", lib=stage_sources("pretrain")
+    priority: 4
     output: f"{RUNS}/pretrain/{{method}}-s{{seed}}/metrics.json"
     params:
         label=lambda w: f"pretrain {w.method}, seed {w.seed}",
@@ -57,6 +59,7 @@ rule pretrain:
 
 rule classification:
     input: needs_model, nb="nbs/experiments/72_classification.ipynb", detector=f"{DETECTOR}/metrics.json", lib=stage_sources("classification")
+    priority: 2
     output: f"{RUNS}/classification/{{dataset}}-{{method}}-r{{ratio}}-s{{seed}}/metrics.json"
     params:
         label=lambda w: f"classification of {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
@@ -68,6 +71,7 @@ TASK_NOTEBOOKS = {"zero_shot": "73", "localization": "74", "report_generation": 
 
 rule task:
     input: needs_model, nb=lambda w: f"nbs/experiments/{TASK_NOTEBOOKS[w.task]}_{w.task}.ipynb", detector=f"{DETECTOR}/metrics.json", lib=stage_sources("vqa")
+    priority: 3
     output: f"{RUNS}/{{task}}/{{dataset}}-{{method}}-r{{ratio}}-s{{seed}}/metrics.json"
     wildcard_constraints: task="|".join(TASK_NOTEBOOKS)
     params:
@@ -89,12 +93,14 @@ CLASSIFICATION = [f"{RUNS}/classification/{j}/metrics.json" for j in classificat
 
 rule tables:
     input: CLASSIFICATION, f"{DETECTOR}/metrics.json", PUBLISHED, nb="nbs/paper/90_tables.ipynb", lib=stage_sources("paper")
+    priority: 2
     output: f"{RUNS}/tables/metrics.json"
     params: label="tables", p=given(runs=RUNS, results=RESULTS)
     shell: RUN
 
 rule task_tables:
     input: [f"{RUNS}/{j}/metrics.json" for j in task_jobs(P)], PUBLISHED, nb="nbs/paper/92_task_tables.ipynb", lib=stage_sources("paper")
+    priority: 3
     output: f"{RUNS}/task_tables/metrics.json"
     params: label="tables of the tasks", p=given(runs=RUNS, results=RESULTS)
     shell: RUN
