@@ -114,7 +114,7 @@ def check_preset(p: Preset) -> None:
     from_params(ModelConfig, p.model, 'preset, section model')
     from_params(DetectorConfig, {k: v for k, v in p.detector.items() if k not in ('train', 'augment')}, 'preset, section detector')
     for where, d in (('detector.train', p.detector.get('train', {})), ('pretrain', p.pretrain), ('finetune', p.finetune)):
-        from_params(TrainConfig, {k: v for k, v in d.items() if k != 'augment'}, f'preset, section {where}')
+        from_params(TrainConfig, {k: v for k, v in d.items() if k != 'augment' and (where, k) != ('detector.train', 'build')}, f'preset, section {where}')
     from_params(LocalizationConfig, p.localization, 'preset, section localization')
     from_params(GenerationConfig, p.generation, 'preset, section generation')
     for t in p.tasks:
