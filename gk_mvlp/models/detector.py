@@ -330,6 +330,12 @@ def region_metrics(pred_boxes, # [N, 29, 4], 0..1
     return pd.DataFrame({'region': list(names), 'iou': mean(iou), 'detection_rate': mean(iou > .5), 'n': n, 'false_alarms': (pv & ~tv).sum(0)})
 
 # %% ../../nbs/models/21_detector.ipynb #c4b49257
+def _in_picture(boxes: Tensor, moved: Tensor) -> Tensor:
+    "`moved`, cut to the picture; zeros where there was no box, or hardly any is left."
+    there = lambda b, least: (b[..., 2:] - b[..., :2] > least).all(-1, keepdim=True)
+    moved = moved.clamp(0, 1)
+    return moved * (there(boxes, 0) & there(moved, .01))
+
 def stretch(images: Tensor, # float [B, 1, S, S]
             boxes: Tensor, # [B, R, 4], 0..1; all-zero rows stay
             generator: torch.Generator, strength: float) -> tuple[Tensor, Tensor]:
@@ -339,10 +345,7 @@ def stretch(images: Tensor, # float [B, 1, S, S]
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = 1 / zoom[:, 0], 1 / zoom[:, 1], -2 * shift / zoom
     out = F.grid_sample(images - BLACK, F.affine_grid(theta, list(images.shape), align_corners=False), align_corners=False) + BLACK
-    there = (boxes[..., 2:] - boxes[..., :2] > 0).all(-1, keepdim=True)
-    moved = ((boxes - .5) * zoom.repeat(1, 2)[:, None] + .5 + shift.repeat(1, 2)[:, None]).clamp(0, 1)
-    there = there & (moved[..., 2:] - moved[..., :2] > .01).all(-1, keepdim=True)
-    return out, moved * there
+    return out, _in_picture(boxes, (boxes - .5) * zoom.repeat(1, 2)[:, None] + .5 + shift.repeat(1, 2)[:, None])
 
 def vary_exposure(images: Tensor, # float [B, 1, S, S] from `to_float`
                   generator: torch.Generator, strength: float) -> Tensor:
@@ -387,18 +390,15 @@ def vary_build(images: Tensor, # float [B, 1, S, S]
     "Each chest with another build, see `_build`; a picture without both lungs, one beside the other, stays as it is."
     n, s = len(images), images.shape[-1]
     lungs, u = boxes[:, _LUNGS], torch.rand(n, 2, 7, generator=generator)
-    there = (boxes[..., 2:] - boxes[..., :2] > 0).all(-1, keepdim=True)
     across, down = lungs[:, :, [0, 2]].flatten(1), torch.stack([lungs[:, :, 1].amin(1), lungs[:, :, 3].amax(1)], 1)
-    usable = there[:, _LUNGS, 0].all(1) & (across.diff(dim=1) > .005).all(1)
+    usable = (lungs[..., 3] > lungs[..., 1]).all(1) & (across.diff(dim=1) > .005).all(1)
     pixel, grid, moved = ((torch.arange(s) + .5) / s).expand(n, -1), [], torch.zeros_like(boxes)
     for axis, edges in enumerate((across, down)):
         old, new = (torch.where(usable[:, None], k, torch.linspace(-1, 2, k.shape[1])) for k in _build(edges, u[:, axis], strength))
         grid.append(_through(pixel, new, old) * 2 - 1)
         moved[..., axis::2] = _through(boxes[..., axis::2].flatten(1), old, new).view(n, -1, 2)
     grid = torch.stack([grid[0][:, None].expand(n, s, s), grid[1][:, :, None].expand(n, s, s)], -1)
-    moved = moved.clamp(0, 1)
-    there = there & (moved[..., 2:] - moved[..., :2] > .01).all(-1, keepdim=True)
-    return F.grid_sample(images - BLACK, grid, align_corners=False) + BLACK, moved * there
+    return F.grid_sample(images - BLACK, grid, align_corners=False) + BLACK, _in_picture(boxes, moved)
 
 # %% ../../nbs/models/21_detector.ipynb #98cfbb6c
 class DetectionSet(Dataset):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'NO_INTERVAL', 'CONTROLS', 'REFERENCES', 'PAIRS', 'ORDER', 'METRIC_NAMES', 'SHORT_NAMES', 'PROTOCOLS',
-           'SAVED', 'Cell', 'finished_runs', 'load_cells', 'class_values', 'resample', 'classification_table',
-           'class_table', 'comparison_table', 'detector_table', 'wide_table', 'published', 'sizes_sentence',
-           'comparison_sentences', 'markdown_report', 'write_table', 'latex_report', 'write_classification', 'sha256',
-           'saved_files', 'result_files', 'build_manifest', 'main']
+           'SAVED', 'Cell', 'finished_runs', 'load_cells', 'study_weights', 'class_values', 'resample',
+           'classification_table', 'class_table', 'comparison_table', 'detector_table', 'wide_table', 'published',
+           'sizes_sentence', 'comparison_sentences', 'markdown_report', 'write_table', 'latex_report',
+           'write_classification', 'sha256', 'saved_files', 'result_files', 'build_manifest', 'main']
 
 # %% ../../nbs/study/64_collect.ipynb #0001ce85
 import hashlib
@@ -78,12 +78,12 @@ def _cell(key: tuple, v: list) -> Cell:
 
 # %% ../../nbs/study/64_collect.ipynb #ec98bbca
 @lru_cache(2)
-def _weights(patients: tuple, n_boot: int) -> np.ndarray: return with_whole(patient_weights(patients, n_boot))
+def study_weights(patients: tuple, n_boot: int) -> np.ndarray: "[1 + n_boot, N] of `patient_weights`, the whole sample first; made once for cells of the same studies."; return with_whole(patient_weights(patients, n_boot))
 
 def class_values(cell: Cell, n_boot: int, metric: str = 'auroc') -> list[dict[int, np.ndarray]]: # for each seed {class: [1 + n_boot]}
     "A metric of every class and seed on all studies and on every resample, see `class_weighted`."
     if (metric, n_boot) not in cell.memo:
-        w = _weights(tuple(cell.patients), n_boot)
+        w = study_weights(tuple(cell.patients), n_boot)
         cell.memo[metric, n_boot] = [class_weighted(metric, cell.y, s, w, None if cell.thresholds is None else cell.thresholds[k]) for k, s in enumerate(cell.scores)]
     return cell.memo[metric, n_boot]
 

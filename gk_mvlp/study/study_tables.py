@@ -25,7 +25,7 @@ from ..evaluation.statistics import bootstrap_p, class_thresholds, holm, macro_w
 from ..evaluation.subgroups import AGE_BANDS, ATTRIBUTES, frequency_masks, gap_and_worst, group_values, patient_masks, size_masks
 from ..evaluation.text import report_metrics
 from ..paths import GKError, read_text
-from .collect import Cell, load_cells, write_table
+from .collect import Cell, load_cells, study_weights, write_table
 from .launch import classification_jobs, pretrained, probing_jobs
 from .task_tables import task_values
 from .variants import sweeps, variants
@@ -123,10 +123,9 @@ def _probe_cell(key: tuple, v: list) -> ProbeCell:
 # %% ../../nbs/study/95_study_tables.ipynb #0b9f3d63
 def probe_values(cells: Sequence[ProbeCell], n_boot: int = 1000) -> list[Values]:
     "Macro AUROC of every cell."
-    out, weights = [], {}
+    out = []
     for c in cells:
-        key = c.patients.tobytes() if c.patients.dtype != object else tuple(c.patients)
-        w = weights.setdefault(key, with_whole(patient_weights(c.patients, n_boot)))
+        w = study_weights(tuple(c.patients), n_boot)
         out.append(Values(c.dataset, c.method, c.protocol, c.ratio if c.protocol in ('linear_probe', 'finetune') else None, c.factor, c.level, 'auroc', np.stack([macro_weighted('auroc', c.y, s, w)[0] for s in c.scores]),
                           c.seeds, c.runs, len(c.y), len(set(c.patients))))
     return out
