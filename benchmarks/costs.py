@@ -1,7 +1,7 @@
 """What a pre-training sample costs at paper size, counted and not timed: parameters and FLOPs by part, and the memory of weights, gradients and AdamW's moments.
 
 FLOPs are those of matrix products, convolutions and attention (`torch.utils.flop_counter`), two per multiplication with addition, of one forward pass in training mode without dropout's effect; a backward
-pass costs twice as much. The knowledge encoder is frozen and its texts are cached, so prompts cost nothing after the first step, which is not counted. Region features are given, as they are cached in training.
+pass costs twice as much. The knowledge encoder is frozen: its texts were encoded when the model was made, and prompts cost nothing. Region features are given, as they are cached in training.
 """
 import torch
 from common import write
@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 def main() -> None:
     torch.manual_seed(0)
     model, step = ours('gk')
-    with torch.no_grad(): step()                                  # fills the cache of texts
     counter = FlopCounterMode(display=False, depth=2)
     with torch.no_grad(), counter: step()
     flops = {k.split('.', 1)[1]: sum(v.values()) for k, v in counter.get_flop_counts().items() if k.count('.') == 1}

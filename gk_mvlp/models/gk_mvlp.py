@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..config import from_params
 from ..data.knowledge import ENTITIES, ENTITY_NAMES, prompt
-from .encoders import FrozenEncoder, ImageEncoder, TextEncoder, load_tokenizer
+from .encoders import ImageEncoder, TextEncoder, first_tokens, load_tokenizer
 from .gk_module import GKFusion, RegionEncoder, encode_unique, pool_patches
 from .losses import attention_loss, ecls_loss, gather_with_grad, hard_negatives, itc_loss, itm_loss, lm_targets, local_loss, token_loss
 from .multimodal import ImageReportEncoder, ReportDecoder
@@ -100,7 +100,7 @@ class ModelConfig(_Rules):
     hardness: float = 1.                          # of ITM's negatives: 1 = by similarity (ALBEF, BLIP), 0 = any other report
     tie_embeddings: bool = False                  # the decoder reads and writes words with the report encoder's embeddings
     share_text: bool = True                       # entity and knowledge encoders share the report encoder's BERT
-    freeze_knowledge: bool = False                # they are one frozen copy of the text encoder, apart from the report encoder, and each text is encoded once
+    freeze_knowledge: bool = False                # they are the text encoder as it is before training: their texts are encoded once, when the model is made
 
 # %% ../../nbs/models/25_gk_mvlp.ipynb #f79383e1
 PAPER_SIZE = dict(image_encoder='vit_base_patch16_224', image_checkpoint='hub', text_encoder='allenai/scibert_scivocab_uncased', pool='cls', image_size=224, patch_size=16, dim=768, heads=12,
@@ -182,17 +182,21 @@ class GKMVLP(nn.Module, ModelHubMixin):
         if c.tie_embeddings: self.report_decoder.tie(self.report_encoder.bert.get_input_embeddings())
         if 'local' in OBJECTIVES[c.objective]: self.patch_proj, self.word_proj = nn.Linear(D, c.embed_dim), nn.Linear(D, c.embed_dim)
         if c.gk or 'ecls' in OBJECTIVES[c.objective]:
-            if c.freeze_knowledge: self.frozen_text = FrozenEncoder(text())
             self._add_entities(text)
-        if c.gk: self._add_gk(text)
+            self._tokens('entity', list(ENTITY_NAMES), text_config is None)
+        if c.gk:
+            self._add_gk(text)
+            self._tokens('prompt', prompt_book()[0], text_config is None)
         if c.queue and OBJECTIVES[c.objective]: self.slow_towers = SlowTowers(self, c.queue, c.momentum)
 
 # %% ../../nbs/models/25_gk_mvlp.ipynb #3e283a81
 @patch
-def _tokens(self: GKMVLP, name: str, texts: list[str]) -> None:
-    "Keep the tokens of fixed texts as buffers."
-    enc = self.tokenizer(texts, padding=True, truncation=True, max_length=self.config.max_length, return_tensors='pt')
-    self.register_buffer(f'{name}_ids', enc['input_ids']); self.register_buffer(f'{name}_mask', enc['attention_mask'])
+def _tokens(self: GKMVLP, name: str, texts: list[str], encode: bool # False: a saved model's table follows
+            ) -> None:
+    "Keep the tokens of fixed texts as buffers, and with a frozen knowledge encoder the table of their first tokens."
+    ids, mask = (self.tokenizer(texts, padding=True, truncation=True, max_length=self.config.max_length, return_tensors='pt')[k] for k in ('input_ids', 'attention_mask'))
+    self.register_buffer(f'{name}_ids', ids); self.register_buffer(f'{name}_mask', mask)
+    if self.config.freeze_knowledge: self.register_buffer(f'{name}_table', first_tokens(self.report_encoder, ids, mask) if encode else torch.zeros(len(texts), self.config.dim))
 
 @patch
 def _add_entities(self: GKMVLP, text) -> None:
@@ -201,7 +205,6 @@ def _add_entities(self: GKMVLP, text) -> None:
     self.entity_encoder = None if c.share_text else text()
     self.entity_proj, self.entity_image_proj = nn.Linear(D, c.embed_dim), nn.Linear(D, c.embed_dim)
     self.entity_scale, self.entity_bias = nn.Parameter(torch.tensor([1 / .07]).log()), nn.Parameter(torch.zeros(len(ENTITIES)))
-    self._tokens('entity', list(ENTITY_NAMES))
 
 @patch
 def _add_gk(self: GKMVLP, text) -> None:
@@ -211,16 +214,15 @@ def _add_gk(self: GKMVLP, text) -> None:
     if c.prompted: self.prompt_proj = nn.Linear(D, D)
     self.region_encoder = RegionEncoder(D, c.detector_dim if c.region_source == 'detector' else D, c.region_source)
     self.gk_fusion = GKFusion(D, c.heads, c.local_layers, c.fused_layers, c.dropout)
-    self._tokens('prompt', prompt_book()[0])
 
 @patch
 def fixed_texts(self: GKMVLP, name: str, # 'entity' or 'prompt'
                 numbers: Tensor | None = None # [U]; None: all
                 ) -> Tensor: # [U, D]
-    "First tokens of entity names or prompts: kept ones of the frozen encoder, or encoded now and padded to the longest of them, not of the book."
-    ids, mask = (getattr(self, f'{name}_{k}') for k in ('ids', 'mask'))
+    "First tokens of entity names or prompts: rows of the frozen encoder's table, or encoded now and padded to the longest of them, not of the book."
+    ids, mask, table = (getattr(self, f'{name}_{k}', None) for k in ('ids', 'mask', 'table'))
+    if table is not None: return table if numbers is None else table[numbers]
     if numbers is not None: ids, mask = ids[numbers], mask[numbers]
-    if self.config.freeze_knowledge: return self.frozen_text(ids, mask)
     encoder, n = (self.entity_encoder if name == 'entity' else self.knowledge_encoder) or self.report_encoder, int(mask.sum(1).max())
     return encoder(ids[:, :n], mask[:, :n])[:, 0]
 
