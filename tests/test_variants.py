@@ -27,7 +27,8 @@ from gk_mvlp.paths import GKError
 from gk_mvlp.study import study_tables as T
 from gk_mvlp.study.experiments import pretraining_studies
 from gk_mvlp.study.launch import check_preset, pretrain_jobs, probing_jobs
-from gk_mvlp.study.probing import ProbeConfig, disturb, features_by_kind, kinds_of, swap_places
+from gk_mvlp.study.probing import ProbeConfig, disturb, kinds_of, swap_places
+from gk_mvlp.tasks.classification import features_by_kind
 from gk_mvlp.study.study_figures import judged_sentences
 from gk_mvlp.study.variants import variants
 from gk_mvlp.tasks.zero_shot import attention_maps

@@ -36,7 +36,7 @@ from ..models.gk_mvlp import GKMVLP, ModelConfig, prompt_book
 from ..models.losses import health_report
 from ..paths import GKError, data_root, runs_dir
 from .figures import plot_regions, plot_roc
-from ..tasks.classification import finetune, fit_probe, label_matrix, model_features, pixel_baseline, pixel_features, prediction_frame, probe_scores
+from ..tasks.classification import features_by_kind, finetune, fit_probe, label_matrix, pixel_baseline, pixel_features, prediction_frame, probe_scores
 from ..training.batches import StudySet, detect_regions, load_pictures, training_device, true_regions
 from ..training.checkpoint import seed_everything
 from ..training.trainer import TrainConfig, Trainer
@@ -301,12 +301,13 @@ def run(self: ClassificationTask, checkpoint: str, config: TrainConfig, run: Pat
         return pd.concat(rows, ignore_index=True), pd.DataFrame(chosen)
     if method not in VARIANTS: raise GKError(f'method {method!r}', f'Use one of: pixels, {", ".join(VARIANTS)}.')
     model, first, probes = load_method(method, checkpoint, self.settings, self.seed), next(iter(VARIANTS[method])), {}
-    for name, kind in VARIANTS[method].items():
-        if kind == 'gk_shuffled' and model.config.prompts in ('all', 'none'): continue       # all studies have the same prompts
-        x = {k: model_features(model, d, kind) for k, d in sets.items()}
-        probe, val, c = fit_probe(x['train'], y['train'], x['val'], y['val'])
-        keep(name, 'linear_probe', val, probe_scores(probe, x['test']), f'C={c:g}')
-        if name in FINETUNED.get(method, (first,)): probes[name] = probe, x['train']
+    same = model.config.prompts in ('all', 'none')              # then all studies have the same prompts, and none can be shuffled
+    kinds = {n: k for n, k in VARIANTS[method].items() if not (same and k == 'gk_shuffled')}
+    x = {k: features_by_kind(model, d, [*kinds.values()]) for k, d in sets.items()}
+    for name, kind in kinds.items():
+        probe, val, c = fit_probe(x['train'][kind], y['train'], x['val'][kind], y['val'])
+        keep(name, 'linear_probe', val, probe_scores(probe, x['test'][kind]), f'C={c:g}')
+        if name in FINETUNED.get(method, (first,)): probes[name] = probe, x['train'][kind]
     for name, probe in probes.items():
         if name != first: model = load_method(method, checkpoint, self.settings, self.seed)
         val, test, history = finetune(model, VARIANTS[method][name], sets['train'], sets['val'], sets['test'], config, run if name == first else run/name, probe)

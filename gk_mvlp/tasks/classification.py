@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CS', 'label_matrix', 'probe_scores', 'mean_auroc', 'fit_probe', 'linear_probe', 'pixel_features', 'pixel_baseline',
-           'model_features', 'Standardise', 'Classifier', 'classification_loss', 'finetune', 'prediction_frame']
+           'features_by_kind', 'model_features', 'Standardise', 'Classifier', 'classification_loss', 'finetune',
+           'prediction_frame']
 
 # %% ../../nbs/tasks/40_classification.ipynb #ec22b2ae
 import warnings
@@ -87,10 +88,18 @@ def pixel_baseline(x_train: np.ndarray, y_train: np.ndarray, x_val: np.ndarray, 
     pca = PCA(min(40, len(x_train) - 1, x_train.shape[1]), random_state=seed).fit(x_train)
     return linear_probe(pca.transform(x_train), y_train, pca.transform(x_val), y_val, pca.transform(x_test))
 
-def model_features(model: GKMVLP, data: StudySet, kind: str) -> np.ndarray:
-    "[N, F] frozen features (see `GKMVLP.features`), computed once."
+# %% ../../nbs/tasks/40_classification.ipynb #506472e5
+def features_by_kind(model: GKMVLP, data: StudySet, kinds: Sequence[str]) -> dict[str, np.ndarray]: # {kind: [N, F]}
+    "Frozen features of several kinds (see `GKMVLP.features`); every picture is encoded once. What the oracle needs must be in the data."
+    def step(b):
+        v = model.image_encoder(b['images'])
+        return {k: model.features_of(v, b, k).float() for k in kinds}
     model.eval()
-    return run_batches(data, lambda b: model.features(b, kind).float(), device=model.logit_scale.device).numpy()
+    return {k: x.numpy() for k, x in run_batches(data, step, device=model.logit_scale.device).items()}
+
+def model_features(model: GKMVLP, data: StudySet, kind: str) -> np.ndarray: # [N, F]
+    "`features_by_kind` of one kind."
+    return features_by_kind(model, data, [kind])[kind]
 
 # %% ../../nbs/tasks/40_classification.ipynb #dbe6557e
 class Standardise(nn.Module):

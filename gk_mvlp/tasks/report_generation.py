@@ -68,7 +68,7 @@ class ReportGenerator(nn.Module):
         return {'loss': lm_loss(self.model.report_decoder(d, batch['attention_mask'], m, mask), d, batch['attention_mask'], smoothing)}
 
     @torch.no_grad()
-    def write(self, data: StudySet, config: GenerationConfig = GenerationConfig(), batch_size: int = 32) -> list[str]:
+    def write(self, data: StudySet, config: GenerationConfig = GenerationConfig(), batch_size: int = 64) -> list[str]:
         "A report for each study."
         self.eval()
         device, room = self.model.logit_scale.device, self.model.config.max_length - 1
