@@ -65,7 +65,7 @@ def claims_by_verdict(report: str) -> dict[str, list[str]]:
     for row in table.splitlines():
         claim, verdict, *_ = (x.strip() for x in row.strip('|').split('|'))
         kind = m[0] if (m := VERDICT.match(verdict)) else verdict
-        tests = re.sub(r'^\W*(in )?(?=\w)', '', verdict.removeprefix(kind))
+        tests = re.sub(r'^\W*(in )?(?=\w)', '', verdict.removeprefix(kind)).replace(' (', '; ').rstrip(')')    # it will stand in brackets itself
         out.setdefault(kind, []).append(claim + (f' ({tests})' if tests else ''))
     return out
 
@@ -75,7 +75,7 @@ def verdict_sentences(report: str) -> str:
     said = claims_by_verdict(report)
     quiet = {k: v for k, v in said.items() if k.startswith('no')}
     out = [f'{k.capitalize()}: {"; ".join(v)}.' for k, v in said.items() if k not in quiet]
-    return ' '.join([*out, *([f'The other claims: {", ".join(f"{len(v)} {k}" for k, v in quiet.items())}.'] if quiet else [])])
+    return ' '.join([*out, *([f'{"The other claims" if out else "Claims"}: {", ".join(f"{len(v)} {k}" for k, v in quiet.items())}.'] if quiet else [])])
 
 
 ASKED = {'gk': 'on the features of GK-MVLP', 'gk-roi_pool': 'when the same checkpoint only pools its regions',

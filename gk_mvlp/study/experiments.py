@@ -56,7 +56,7 @@ def pretrain_configs(settings: dict, objective: str, seed: int) -> tuple[ModelCo
 def detector_configs(settings: dict, seed: int) -> tuple[DetectorConfig, TrainConfig, float, float]:
     "Detector, training, augmentation, and how much the build of chests is varied."
     section = dict(settings['detector'])
-    train = dict(section.pop('train'))
+    train = dict(section.pop('train', {}))
     build = float(train.pop('build', 0.))
     return from_params(DetectorConfig, section, 'preset, section detector'), *train_config(train, 'detector.train', seed), build
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASELINES', 'UNDER_AGREEMENT', 'pretrained', 'classification_jobs', 'task_methods', 'task_jobs', 'pretrain_jobs',
            'probing_jobs', 'study_name', 'study_jobs', 'time_estimate', 'check_preset', 'snakemake_command',
-           'run_study']
+           'clear_outdated', 'run_study']
 
 # %% ../../nbs/study/62_launch.ipynb #06f7c640
 import fcntl
@@ -81,8 +81,8 @@ def _check_variants(p: Preset) -> None:
     "Check ablations, sweeps and probing: settings, methods, and that what is trained is also asked."
     from gk_mvlp.data.phantom import PhantomConfig
     from gk_mvlp.models.gk_mvlp import OBJECTIVES, ModelConfig
+    from gk_mvlp.study.experiments import train_config
     from gk_mvlp.study.probing import ProbeConfig
-    from gk_mvlp.training.trainer import TrainConfig
     config = from_params(ProbeConfig, p.probing, 'preset, section probing')
     if not 0 < p.pretrain_ratio <= 100: raise GKError(f'preset: pretrain_ratio {p.pretrain_ratio:g}', 'Give per cent, above 0 and at most 100.')
     for v in variants(p).values():
@@ -92,7 +92,7 @@ def _check_variants(p: Preset) -> None:
         if v.base not in p.methods: raise GKError(f'{where}: its base {v.base} is no method of the preset', f'Add {v.base} to methods.')
         from_params(ModelConfig, merge(p.model, v.overrides.get('model', {})) | {'objective': v.objective}, where)
         from_params(PhantomConfig, merge(p.data, v.overrides.get('data', {})), where)
-        from_params(TrainConfig, {k: x for k, x in merge(p.pretrain, v.overrides.get('pretrain', {})).items() if k != 'augment'}, where)
+        train_config(merge(p.pretrain, v.overrides.get('pretrain', {})), f'pretrain of {v.method}', 0)
         if not 0 < v.overrides.get('pretrain_ratio', 100.) <= 100: raise GKError(f'{where}: pretrain_ratio {v.overrides["pretrain_ratio"]}', 'Give per cent, above 0 and at most 100.')
     for m in (*config.methods, *config.detailed):
         if m not in p.methods or not pretrained(m): raise GKError(f'preset, section probing: {m!r} is no pre-trained method of the preset', 'Leave it out, or add it to methods.')
@@ -104,17 +104,15 @@ def check_preset(p: Preset) -> None:
     "Check every section of a preset against the dataclass that it fills, and the names in its lists."
     from gk_mvlp.data.phantom import PhantomConfig
     from gk_mvlp.data.registry import dataset_names
-    from gk_mvlp.models.detector import DetectorConfig
     from gk_mvlp.models.gk_mvlp import OBJECTIVES, ModelConfig
+    from gk_mvlp.study.experiments import detector_configs, train_config
     from gk_mvlp.study.task_runs import TASKS
     from gk_mvlp.tasks.localization import LocalizationConfig
     from gk_mvlp.tasks.report_generation import GenerationConfig
-    from gk_mvlp.training.trainer import TrainConfig
     from_params(PhantomConfig, p.data, 'preset, section data')
     from_params(ModelConfig, p.model, 'preset, section model')
-    from_params(DetectorConfig, {k: v for k, v in p.detector.items() if k not in ('train', 'augment')}, 'preset, section detector')
-    for where, d in (('detector.train', p.detector.get('train', {})), ('pretrain', p.pretrain), ('finetune', p.finetune)):
-        from_params(TrainConfig, {k: v for k, v in d.items() if k != 'augment' and (where, k) != ('detector.train', 'build')}, f'preset, section {where}')
+    detector_configs({'detector': p.detector}, 0)
+    for where, d in (('pretrain', p.pretrain), ('finetune', p.finetune)): train_config(d, where, 0)
     from_params(LocalizationConfig, p.localization, 'preset, section localization')
     from_params(GenerationConfig, p.generation, 'preset, section generation')
     for t in p.tasks:
@@ -141,6 +139,14 @@ def snakemake_command(preset: str, data: str, runs: str, results: str, cores: in
     return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'Snakefile'), '--directory', str(project_root()), *(['--workflow-profile', profile] if profile else ['--workflow-profile', 'none', '--cores', str(cores)]),
             '--nolock', '--rerun-incomplete', '--keep-going', '--quiet', *(['rules', 'host'] if dry_run else ['all']), *(['--dry-run'] if dry_run else []),
             '--config', f'preset={preset}', f'data={data}', f'runs={runs}', f'results={results}', f'cores={cores}']
+
+# %% ../../nbs/study/62_launch.ipynb #13cee65e
+def clear_outdated(results: Path, jobs: Sequence[str]) -> list[str]:
+    "Delete what rests, by its manifest, on a run that is none of `jobs`; the names of the files."
+    if not (manifest := results/'manifest.json').is_file(): return []
+    old = [a['path'] for a in json.loads(read_text(manifest))['artefacts'] if not set(a['runs']) <= set(jobs) and (results/a['path']).resolve().is_relative_to(results.resolve())]
+    for name in old: (results/name).unlink(missing_ok=True)
+    return old
 
 # %% ../../nbs/study/62_launch.ipynb #635bcb28
 def _summary(results: Path) -> str:
@@ -171,6 +177,7 @@ def run_study(preset: str, data: str = '', cores: int = 2, dry_run: bool = False
                         'HF_HUB_OFFLINE': os.environ.get('HF_HUB_OFFLINE', '1'), 'PYTHONWARNINGS': 'ignore', 'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'GRPC_VERBOSITY': 'ERROR'}
     print(_opening(name, p, runs, results, cores), flush=True)
     lock = _lock(runs)
+    if not dry_run and (old := clear_outdated(results, study_jobs(p))): print(f'{_relative(results)}: removed {len(old)} file(s) that rest on runs which this preset no longer has: {", ".join(old)}', flush=True)
     try:
         with warm_server(env) if not (dry_run or profile) else nullcontext(env) as env: code = subprocess.run(command, env=env, cwd=project_root()).returncode
     finally: lock.close()
