@@ -83,6 +83,16 @@ ASKED = {'gk': 'on the features of GK-MVLP', 'gk-roi_pool': 'when the same check
          'itc_itm_lm_ecls': 'for that model with entity labels', 'scratch': 'for the network that was never pre-trained'}
 
 
+def lung_sentence(folder: Path) -> str:
+    "How a detector that has seen phantoms alone finds the lungs of real X-rays; '' where that was not measured."
+    if not (f := folder/'tables/detector.csv').is_file(): return ''
+    t = pd.read_csv(f)
+    t = t[t['metric'] == 'lung_iou'].set_index('method')
+    if not len(t): return ''
+    iou = lambda m: f'{t.loc[m, "mean"]:.3f} ({t.loc[m, "low"]:.3f} to {t.loc[m, "high"]:.3f})'
+    return f' Lungs of {int(t["n"].iloc[0])} real X-rays, found by a detector trained on phantoms alone: mean IoU {iou("detector")}, constant box {iou("constant")}.'
+
+
 def in_words(folders: list[Path]) -> list[str]:
     "What the main study found, in sentences: every number and verdict comes from its tables and report."
     if not folders: return ['No study of this version has been run to its end yet.']
@@ -103,7 +113,7 @@ def in_words(folders: list[Path]) -> list[str]:
             f'- Beside its own controls `gk` is better in {better} and worse in {worse} of {len(c)} tests'
             + ('.' if better else ': no gain is credited to knowledge prompts or grounding.'),
             f'- {verdict_sentences(report)}',
-            *(f'- {link(f)}: {outdated(f) or gate_sentence(report_of(f)) + " " + verdict_sentences(report_of(f))}' for f in others)]
+            *(f'- {link(f)}: {outdated(f) or gate_sentence(report_of(f)) + " " + verdict_sentences(report_of(f)) + lung_sentence(f)}' for f in others)]
 
 
 def transcript(folder: Path) -> list[str]:
