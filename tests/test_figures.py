@@ -69,8 +69,23 @@ def test_panels_of_a_forest(tmp_path):
 def test_the_axis_of_scaling_is_what_it_says(tmp_path, weights, label, x):
     rows = [{'dataset': 'phantom', 'method': 'gk', 'ratio': 100., 'metric': 'auroc', 'mean': .8, 'low': .7, 'high': .9, 'seeds': s, 'protocol': 'linear_probe', 'factor': 'size', 'level': v, 'weights': w, 'runs': 'probing/x'}
             for s, v, w in zip((2, 3), (32, 64), weights)]
-    ax = study(tmp_path, scaling=rows).scaling().axes[0]
+    growth = rows[0] | {'method': 'gk - itc_itm_lm', 'factor': 'size, highest against lowest', 'level': np.nan, 'weights': np.nan}
+    ax, *more = study(tmp_path, scaling=[*rows, growth]).scaling().axes
+    assert not more, 'a comparison of two levels has no curve'
     assert ax.get_xlabel() == label and list(ax.lines[0].get_xdata()) == x and ax.get_title() == 'phantom: size, 2 to 3 seeds'
+
+
+def test_weights_on_the_axis_are_short(tmp_path):
+    rows = [{'dataset': 'phantom', 'method': 'gk', 'ratio': 100., 'metric': 'auroc', 'mean': .8, 'low': .7, 'high': .9, 'seeds': 3, 'protocol': 'linear_probe', 'factor': 'size', 'level': v, 'weights': w, 'runs': 'probing/x'} for v, w in ((32, 227_744), (96, 1_349_500))]
+    fig = study(tmp_path, scaling=rows).scaling(); fig.canvas.draw()
+    assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ['228k', '1.35M']
+
+
+def test_a_shifted_group_stands_beside_its_method(tmp_path):
+    row = {'dataset': 'phantom', 'method': 'gk', 'metric': 'auroc', 'mean': .8, 'low': .7, 'high': .9, 'attribute': 'sex', 'factor': np.nan, 'level': np.nan, 'runs': 'probing/x'}
+    rows = [row | {'group': g} for g in ('F', 'M', 'gap')] + [row | {'group': g, 'factor': 'women', 'level': .1} for g in ('F', 'M', 'worst')]
+    ax = study(tmp_path, subgroups=rows).subgroups().axes[0]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['gk', 'gk, trained on 10% women'] and [t.get_text() for t in ax.get_xticklabels()] == ['F', 'M']
 
 
 def test_losses_lie_beside_what_a_model_that_knows_nothing_has(tmp_path):

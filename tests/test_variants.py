@@ -317,6 +317,9 @@ def test_growth_is_the_gain_at_the_highest_level_minus_the_gain_at_the_lowest():
     row = t[t['factor'] == 'boilerplate, highest against lowest'].iloc[0]
     gains = {v: np.mean([roc_auc_score(a.y, x, average='macro') - roc_auc_score(b.y, y, average='macro') for x, y in zip(a.scores, b.scores)]) for v, a, b in ((0, cells[2], cells[3]), (.8, cells[4], cells[5]))}
     assert row['difference'] == pytest.approx(gains[.8] - gains[0]) and row['mean'] == pytest.approx(gains[.8]) and row['p_holm'] < .05 and row['seeds'] == 3
+    against = T.robustness_table(T.probe_values([*cells[:4], cell('gk-boilerplate_0.8', .5), cell('itc_itm_lm-boilerplate_0.8', 2.)], 400), p)
+    loss = against[against['factor'] == 'boilerplate, highest against lowest'].iloc[0]
+    assert loss['low'] < loss['mean'] < loss['high'] < 0, 'a difference is no share: its interval is not cut at 0'
     without = T.robustness_table(T.probe_values(cells[:4], 100), p)
     assert not without['factor'].str.contains('highest').any() or without[without['factor'].str.contains('highest')]['difference'].notna().all()
 

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from fastcore.basics import patch
-from matplotlib.ticker import EngFormatter
 
 from ..config import Preset
 from ..data.knowledge import ENTITY_NAMES, extract_entities
@@ -69,8 +68,9 @@ def plot_levels(table: pd.DataFrame, # method, x, mean, low, high
         ax.plot(t['x'], t['mean'], 'o-', ms=3, lw=1.2, color=c, label=name)
         ax.fill_between(t['x'].astype(float), t['low'].astype(float), t['high'].astype(float), color=c, alpha=.15, lw=0)
     if log:
-        ax.set_xscale('log'); ax.set_xticks(sorted(table['x'].unique())); ax.minorticks_off(); ax.tick_params(axis='x', labelrotation=30)
-        ax.get_xaxis().set_major_formatter(EngFormatter(places=2, sep='') if table['x'].max() >= 1e5 else '{x:g}')
+        ax.set_xscale('log'); ax.set_xticks(sorted(table['x'].unique())); ax.minorticks_off()
+        ax.get_xaxis().set_major_formatter((lambda x, _: f'{x / 1e6:.3g}M' if x >= 1e6 else f'{x / 1e3:.3g}k') if table['x'].max() >= 1e5 else '{x:g}')
+        plt.setp(ax.get_xticklabels(), rotation=45, ha='right', rotation_mode='anchor')
     elif table['x'].nunique() < 8: ax.set_xticks(sorted(table['x'].unique())); ax.get_xaxis().set_major_formatter('{x:g}')
     ax.set_xlabel(xlabel, fontsize=8); ax.set_ylabel(ylabel, fontsize=8); ax.set_title(title, fontsize=9); ax.tick_params(labelsize=7)
     ax.legend(fontsize=6.5, frameon=False); sns.despine(ax=ax)
@@ -227,9 +227,9 @@ def seeds_phrase(g: pd.DataFrame) -> str: # method, seeds
 @patch
 def _curves(self: StudyFigures, t: pd.DataFrame, name: str, x: str = 'level', labels: dict | None = None, # {factor or (factor, column): name of the axis}
             log: bool = False) -> plt.Figure | None:
-    "Panels per (data set, factor) of AUROC of linear probes with all labels."
+    "Panels per (data set, factor) of AUROC of linear probes with all labels. Rows without a level compare two levels: the tables have them."
     if not len(t): return None
-    t = t[(t['metric'] == 'auroc') & (t['protocol'] == 'linear_probe') & (t['ratio'] == max(self.p.ratios))]
+    t = t[(t['metric'] == 'auroc') & (t['protocol'] == 'linear_probe') & (t['ratio'] == max(self.p.ratios)) & t['level'].notna()]
     panels = list(t.groupby(['dataset', 'factor'], sort=False))
     if not panels: return None
     fig, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.9), squeeze=False, sharey=True)
@@ -257,10 +257,11 @@ def scaling(self: StudyFigures) -> plt.Figure | None:
 
 @patch
 def subgroups(self: StudyFigures) -> plt.Figure | None:
-    "AUROC of every group for the methods of the preset."
+    "AUROC of every group for the methods of the preset, and for those trained on another share of a group."
     t = self.table('subgroups')
     if not len(t): return None
-    t = t[(t['metric'] == 'auroc') & t['factor'].isna() & ~t['group'].isin(['gap', 'worst'])]
+    t = t[(t['metric'] == 'auroc') & ~t['group'].isin(['gap', 'worst'])]
+    t = t.assign(method=[r.method if pd.isna(r.factor) else f'{r.method}, trained on {r.level:.0%} {r.factor}' for r in t.itertuples()])
     sets = list(t.groupby('dataset', sort=False))
     fig, axes = plt.subplots(len(sets), 1, figsize=(max(6., .62 * t.groupby('dataset').apply(lambda g: len(g[['attribute', 'group']].drop_duplicates()), include_groups=False).max()), 3.6 * len(sets)), squeeze=False)
     for ax, (d, g) in zip(axes[:, 0], sets, strict=True): plot_groups(g, f'{d}: linear probe, {max(self.p.ratios):g} % of labels', ax)

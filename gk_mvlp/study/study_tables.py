@@ -51,12 +51,13 @@ class Values:
 
 def number(x) -> float | None: "None for NaN, so that equal keys are equal."; return None if x is None or x != x else float(x)
 
-def _row(v: Values, task: str) -> dict:
+def _row(v: Values, task: str, share: bool = True # False: a difference, which can be below 0
+         ) -> dict:
     out = {'task': task, 'dataset': v.dataset, 'method': v.method, 'ratio': v.ratio, 'metric': v.metric, 'mean': np.nan, 'low': np.nan, 'high': np.nan, 'seeds': len(v.seeds), 'n': v.n,
            'protocol': v.protocol, 'factor': v.factor, 'level': v.level, 'n_patients': v.n_patients}
     try:
         out['mean'], boot = seed_mean(v.values)
-        out['low'], out['high'] = percentile_interval(boot, f'{v.method}, {v.metric}', share=v.metric != 'cnr')
+        out['low'], out['high'] = percentile_interval(boot, f'{v.method}, {v.metric}', share=share and v.metric != 'cnr')
     except UndefinedMetric: out['note'] = 'no value' if np.isnan(out['mean']) else 'too few for an interval'
     return out | {'runs': ' '.join(v.runs)}
 
@@ -259,7 +260,7 @@ def growth(values: Sequence[Values], p: Preset, table: str, reference: str = 'it
         seeds = [s for s in ends[0][0].seeds if all(s in v.seeds for v in sum(ends, []))]
         if not seeds or len({v.n for v in sum(ends, [])}) > 1: continue
         low, high = (replace(a, values=a.at(seeds).values - b.at(seeds).values, seeds=tuple(seeds), runs=(*a.at(seeds).runs, *b.at(seeds).runs), method=f'{method} - {reference}') for a, b in ends)
-        rows.append(_row(replace(high, factor=f'{factor}, highest against lowest', level=None), table) | difference(high, low) | {'reference': f'the same at {levels[0]:g}', 'note': f'growth of the gain from {levels[0]:g} to {levels[-1]:g}'})
+        rows.append(_row(replace(high, factor=f'{factor}, highest against lowest', level=None), table, share=False) | difference(high, low) | {'reference': f'the same at {levels[0]:g}', 'note': f'growth of the gain from {levels[0]:g} to {levels[-1]:g}'})
     return rows
 
 def sweep_rows(values: Sequence[Values], p: Preset, table: str, reference: str = 'itc_itm_lm', method: str = 'gk') -> list[dict]:
