@@ -148,14 +148,14 @@ def _whole(d: Detections, weights: np.ndarray | None) -> np.ndarray:
     if weights.ndim != 2 or weights.shape[1] != len(d.images): raise GKError(f'weights {weights.shape} for {len(d.images)} images', 'Give [B, N] of patient_weights(d.patients).')
     return weights
 
-def _average_precision(hit: np.ndarray, w: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    "[B] of one class and threshold: hit [D], weights of the detections [B, D], weight of the true boxes [B]; NaN without a true box."
-    B, D = w.shape
-    if not D: return np.where(positives > 0, 0., np.nan)
-    tp, fp = np.cumsum(w * hit, 1), np.cumsum(w * ~hit, 1)
+def _average_precision(hit: np.ndarray, w: np.ndarray, seen: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    "[B] of one class and threshold: hit [D], weights of the detections [B, D] and their cumulative sum, weight of the true boxes [B]; NaN without a true box. Only hits count: after one precision falls until the next."
+    B, at = len(w), np.flatnonzero(hit)
+    if not len(at): return np.where(positives > 0, 0., np.nan)
+    tp = np.cumsum(w[:, at], 1)
     recall = np.divide(tp, positives[:, None], out=np.zeros_like(tp), where=positives[:, None] > 0)
-    precision = tp / (tp + fp + np.spacing(1))
-    reached = np.searchsorted(_RECALLS, recall.ravel(), side='right').reshape(B, D)     # how many of the 101 recalls
+    precision = tp / (seen[:, at] + np.spacing(1))
+    reached = np.searchsorted(_RECALLS, recall.ravel(), side='right').reshape(B, -1)    # how many of the 101 recalls
     flat = (reached + np.arange(B)[:, None] * 102).ravel()
     start = np.flatnonzero(np.r_[True, flat[1:] != flat[:-1]])
     top = np.zeros((B, 102)); top.ravel()[flat[start]] = np.maximum.reduceat(precision.ravel(), start)
@@ -165,14 +165,20 @@ def _average_precision(hit: np.ndarray, w: np.ndarray, positives: np.ndarray) ->
 # %% ../../nbs/evaluation/53_detection.ipynb #6e055c6c
 def class_ap(d: Detections, thresholds: Sequence[float] = RSNA_IOU, weights: np.ndarray | None = None) -> np.ndarray:
     "[B, T, C] average precision; NaN for a class without a true box in a resample. `weights` [B, N] of images, default all 1."
-    w = _whole(d, weights)
-    return np.stack([np.stack([_average_precision(h, w[:, m.image], w @ m.positives) for h in m.hit], 1) for m in match(d, thresholds)], 2)
+    w, out = _whole(d, weights), []
+    for m in match(d, thresholds):
+        v, positives = w[:, m.image], w @ m.positives
+        seen = np.cumsum(v, 1)
+        out.append(np.stack([_average_precision(h, v, seen, positives) for h in m.hit], 1))
+    return np.stack(out, 2)
+
+def _mean(ap: np.ndarray) -> np.ndarray: # [B, T, C] of `class_ap`
+    n = (~np.isnan(ap := ap.mean(1))).sum(1)
+    return np.divide(np.nansum(ap, 1), n, out=np.full(len(ap), np.nan), where=n > 0)
 
 def mean_ap(d: Detections, thresholds: Sequence[float] = RSNA_IOU, weights: np.ndarray | None = None) -> np.ndarray:
     "[B] mean over thresholds and over the classes with a true box in the resample."
-    ap = class_ap(d, thresholds, weights).mean(1)
-    n = (~np.isnan(ap)).sum(1)
-    return np.divide(np.nansum(ap, 1), n, out=np.full(len(ap), np.nan), where=n > 0)
+    return _mean(class_ap(d, thresholds, weights))
 
 # %% ../../nbs/evaluation/53_detection.ipynb #4bdc7c4c
 def random_detections(rng: np.random.Generator, n: int = 400, classes: Sequence[str] = ('mass', 'nodule'), skill: float = .7, noise: float = 1.5, grid: int | None = None) -> pd.DataFrame:
@@ -225,9 +231,10 @@ DETECTION_METRICS = ('map_40_75', 'coco_map', 'ap_50', 'froc', *(f'sensitivity_{
 def detection_metrics(frame: pd.DataFrame, weights: np.ndarray | None = None # [B, N] of the images in the order of the table
                       ) -> dict[str, np.ndarray]:
     "Each metric of `DETECTION_METRICS` as [B]; `froc` is the mean sensitivity over `FROC_RATES`; the filtered metric only on all data ([1], NaN where nothing passes the filter)."
-    d = read_detections(frame)
-    sensitivity = froc(d, weights=weights)
+    d, every = read_detections(frame), np.unique(np.r_[RSNA_IOU, COCO_IOU])
+    ap, sensitivity = class_ap(d, every, weights), froc(d, weights=weights)
+    mean = lambda thresholds: _mean(ap[:, np.searchsorted(every, thresholds)])
     try: peer = mean_ap(read_detections(filtered(frame)))
     except GKError: peer = np.full(1, np.nan)
-    return {'map_40_75': mean_ap(d, RSNA_IOU, weights), 'coco_map': mean_ap(d, COCO_IOU, weights), 'ap_50': mean_ap(d, [.5], weights), 'froc': sensitivity.mean(1),
+    return {'map_40_75': mean(RSNA_IOU), 'coco_map': mean(COCO_IOU), 'ap_50': mean(COCO_IOU[:1]), 'froc': sensitivity.mean(1),
             **{f'sensitivity_{r:g}': sensitivity[:, k] for k, r in enumerate(FROC_RATES)}, 'filtered_map_40_75': peer}
