@@ -12,7 +12,7 @@ from gk_mvlp.paths import GKError
 from gk_mvlp.study.claims import CLAIMS, report_text
 from gk_mvlp.study.figures import plot_grounding
 from gk_mvlp.study.paper_figures import FigureJob
-from gk_mvlp.study.report_parts import FIGURES, NOTE, finish_report, finished, section
+from gk_mvlp.study.report_parts import FIGURES, NOTE, PICTURES, finish_report, finished, section
 from gk_mvlp.study.study_figures import StudyFigures
 
 P = Preset('a test', {}, {}, {}, {}, {}, methods=('scratch', 'itc_itm_lm', 'gk'), ratios=(10., 100.), seeds=(0, 1))
@@ -163,7 +163,14 @@ def test_a_finished_report(tmp_path):
     for h in re.findall(r'^## (.+)$', plain, re.MULTILINE): assert section(text, h) == section(plain, h), h
 
 
-@pytest.mark.parametrize('preset', ['full', 'mini', 'public'])
+def test_a_report_to_be_given_away_leaves_out_pictures(tmp_path):
+    (tmp_path/'figures').mkdir()
+    for n in ('losses', *PICTURES): (tmp_path/f'figures/{n}.png').touch()
+    linked = lambda **k: set(re.findall(r'\]\(figures/(\w+)\.png\)', finished(report_text(P, [], {}, 'test'), tmp_path, **k)))
+    assert linked() == {'losses', *PICTURES} and linked(pictures=False) == {'losses'}
+
+
+@pytest.mark.parametrize('preset', ['full', 'mini', 'public', 'sweeps'])
 def test_parts_of_the_committed_reports(root, preset):
     "README and the site get the verdicts and the sentence on the gates, whatever stands between or after them."
     text = (root/f'paper_results/{preset}/REPORT.md').read_text(encoding='utf-8')
