@@ -13,6 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = ('constant', 'pixels', 'scratch', 'itc_itm_lm', 'itc_itm_lm_ecls', 'gk', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts')
 
 
+DETECTOR = {'region_iou': 'on held-out phantoms, mean IoU of the 29 regions', 'lung_iou': 'trained on phantoms alone, on real X-rays, mean IoU of the lungs'}
+
+
+def detector_sentence(folder: Path, metric: str) -> str:
+    "The detector beside the constant box in a metric of `DETECTOR`; '' where it was not measured."
+    t = pd.read_csv(folder/'tables/detector.csv')
+    d = t[t['metric'] == metric].set_index('method')
+    if not len(d): return ''
+    return f'Detector {DETECTOR[metric]}: {d.loc["detector", "mean"]:.3f} ({d.loc["detector", "low"]:.3f}-{d.loc["detector", "high"]:.3f}), constant box {d.loc["constant", "mean"]:.3f}, n = {d.loc["detector", "n"]}.'
+
+
 def study(folder: Path) -> list[str]:
     "Duration, table and comparisons of one preset."
     manifest = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))
@@ -31,10 +42,7 @@ def study(folder: Path) -> list[str]:
             wide.loc[[m for m in METHODS if m in wide.index]].to_markdown(), '']
     report = (folder/'REPORT.md').read_text(encoding='utf-8')
     out += [f'[Report]({folder.relative_to(ROOT)}/REPORT.md). ' + section(report, 'Did the models learn?').splitlines()[-1], '', section(report, 'In short'), '']
-    detector = pd.read_csv(folder/'tables/detector.csv')
-    for metric, what in (('region_iou', 'on held-out phantoms, mean IoU of the 29 regions'), ('lung_iou', 'on real X-rays, mean IoU of the lungs')):
-        d = detector[detector['metric'] == metric].set_index('method')
-        if len(d): out.append(f'Detector {what}: {d.loc["detector", "mean"]:.3f} ({d.loc["detector", "low"]:.3f}-{d.loc["detector", "high"]:.3f}), constant box {d.loc["constant", "mean"]:.3f}, n = {d.loc["detector", "n"]}.')
+    out += [x for m in DETECTOR if (x := detector_sentence(folder, m))]
     if (folder/'figures/low_data.png').is_file(): out += ['', f'![AUROC against the share of labels, with intervals]({folder.relative_to(ROOT)}/figures/low_data.png)']
     return [*out, '']
 
@@ -83,16 +91,6 @@ ASKED = {'gk': 'on the features of GK-MVLP', 'gk-roi_pool': 'when the same check
          'itc_itm_lm_ecls': 'for that model with entity labels', 'scratch': 'for the network that was never pre-trained'}
 
 
-def lung_sentence(folder: Path) -> str:
-    "How a detector that has seen phantoms alone finds the lungs of real X-rays; '' where that was not measured."
-    if not (f := folder/'tables/detector.csv').is_file(): return ''
-    t = pd.read_csv(f)
-    t = t[t['metric'] == 'lung_iou'].set_index('method')
-    if not len(t): return ''
-    iou = lambda m: f'{t.loc[m, "mean"]:.3f} ({t.loc[m, "low"]:.3f} to {t.loc[m, "high"]:.3f})'
-    return f' Lungs of {int(t["n"].iloc[0])} real X-rays, found by a detector trained on phantoms alone: mean IoU {iou("detector")}, constant box {iou("constant")}.'
-
-
 def in_words(folders: list[Path]) -> list[str]:
     "What the main study found, in sentences: every number and verdict comes from its tables and report."
     if not folders: return ['No study of this version has been run to its end yet.']
@@ -113,7 +111,7 @@ def in_words(folders: list[Path]) -> list[str]:
             f'- Beside its own controls `gk` is better in {better} and worse in {worse} of {len(c)} tests'
             + ('.' if better else ': no gain is credited to knowledge prompts or grounding.'),
             f'- {verdict_sentences(report)}',
-            *(f'- {link(f)}: {outdated(f) or gate_sentence(report_of(f)) + " " + verdict_sentences(report_of(f)) + lung_sentence(f)}' for f in others)]
+            *(f'- {link(f)}: {outdated(f) or gate_sentence(report_of(f)) + " " + verdict_sentences(report_of(f)) + " " + detector_sentence(f, "lung_iou")}'.rstrip() for f in others)]
 
 
 def transcript(folder: Path) -> list[str]:
