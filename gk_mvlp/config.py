@@ -75,6 +75,7 @@ class Preset:
     tasks: dict[str, list] = dataclasses.field(default_factory=dict) # zero_shot, localization, report_generation, vqa: data sets
     task_methods: tuple[str, ...] = ()           # methods in these tasks; empty = methods
     task_ratios: tuple[float, ...] = (100.,)     # per cent of the training patients, for tasks that train
+    task_seeds: tuple[int, ...] = ()             # seeds of tasks that train; empty = seeds
     localization: dict = dataclasses.field(default_factory=dict) # LocalizationConfig fields
     generation: dict = dataclasses.field(default_factory=dict)   # GenerationConfig fields
     methods: tuple[str, ...] = ('scratch', 'itc_itm_lm', 'gk')

@@ -241,10 +241,14 @@ def test_jobs_of_a_preset():
     assert [j for j in jobs if j.startswith('zero_shot')] == ['zero_shot/phantom-baselines-r100-s0', 'zero_shot/phantom-gk-r100-s0', 'zero_shot/phantom-gk-r100-s1'], 'nothing is trained: no ratio, no scratch'
     assert len(jobs) == len(set(jobs)) == 3 + (2 + 1) + 2 * 4 and not any('pixels' in j for j in jobs) and 'vqa/phantom-baselines-r10-s1' in jobs
     assert task_jobs(replace(p, tasks={})) == []
+    fewer = task_jobs(replace(p, task_seeds=(1,)))
+    assert [j for j in fewer if j.startswith('zero_shot')] == [j for j in jobs if j.startswith('zero_shot')], 'task_seeds is for tasks that train'
+    assert {j for j in fewer if j.startswith('vqa') and '-baselines-' not in j} == {j for j in jobs if j.startswith('vqa') and j.endswith('-s1') and '-baselines-' not in j}
+    assert [j for j in fewer if '-baselines-' in j and j.startswith('vqa')] == ['vqa/phantom-baselines-r10-s1', 'vqa/phantom-baselines-r100-s1']
 
 
 @pytest.mark.parametrize('change, says', [({'tasks': {'poetry': ['phantom']}}, 'unknown task'), ({'tasks': {'vqa': ['nowhere']}}, 'unknown data set'), ({'localization': {'head': 'yolo'}}, 'head'), ({'generation': {'beam': 3}}, "'beam'"),
-                                          ({'task_methods': ('gkk',)}, 'unknown method')])
+                                          ({'task_methods': ('gkk',)}, 'unknown method'), ({'task_seeds': (7,)}, 'task_seeds has 7')])
 def test_a_wrong_preset_stops_before_the_first_job(change, says):
     with pytest.raises(GKError, match=says): check_preset(replace(load_preset('smoke'), **change))
 

@@ -43,8 +43,8 @@ def task_jobs(p: Preset) -> list[str]:
     "Run ids `<task>/<dataset>-<method>-r<ratio>-s<seed>`. Zero-shot trains nothing, so it has one ratio; baselines on all training data have no chance in them, so they have one seed."
     out = []
     for task, sets in p.tasks.items():
-        ratios = (100.,) if task == 'zero_shot' else p.task_ratios
-        out += [f'{task}/{d}-{m}-r{r:g}-s{s}' for d in sets for m in task_methods(p, task) for r in ratios for s in (p.seeds[:1] if m == 'baselines' and r == 100 else p.seeds)]
+        ratios, seeds = ((100.,), p.seeds) if task == 'zero_shot' else (p.task_ratios, p.task_seeds or p.seeds)
+        out += [f'{task}/{d}-{m}-r{r:g}-s{s}' for d in sets for m in task_methods(p, task) for r in ratios for s in (seeds[:1] if m == 'baselines' and r == 100 else seeds)]
     return out
 
 def pretrain_jobs(p: Preset) -> list[str]:
@@ -119,6 +119,7 @@ def check_preset(p: Preset) -> None:
         if t not in TASKS: raise GKError(f'preset: unknown task {t!r}', f'Use: {", ".join(TASKS)}.')
     for m in (*p.methods, *p.task_methods):
         if m != 'pixels' and m not in OBJECTIVES: raise GKError(f'preset: unknown method {m!r}', f'Use: pixels, {", ".join(OBJECTIVES)}.')
+    if other := [s for s in p.task_seeds if s not in p.seeds]: raise GKError(f'preset: task_seeds has {other[0]}, which is no seed of the preset', f'Use some of: {", ".join(map(str, p.seeds))}; tasks begin at its pre-trained models.')
     _check_variants(p)
     for d in (p.detector_dataset, p.pretrain_dataset, *p.classification, *(d for sets in p.tasks.values() for d in sets)):
         if d not in dataset_names(): raise GKError(f'preset: unknown data set {d!r}', f'Use: {", ".join(dataset_names())}.')
