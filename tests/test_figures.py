@@ -1,6 +1,7 @@
 "What figures draw, read back from their axes; sections, figures and folds of a report."
 import json
 import re
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -53,6 +54,24 @@ def test_ablations_have_the_sign_of_the_report(tmp_path):
     assert a['gk-a'][:3] == pytest.approx((-.1, -.13, -.09)) and a['gk-a'][3:] == ('o', True) and a['gk-b'][0] == pytest.approx(.1) and a['gk-b'][3:] == ('o', False)
     assert {v[3] for v in drawn(written).values()} == {'x'}
     assert fig.axes[-1].get_xlabel() == 'gk minus the other' and (tmp_path/'figures/ablations.png').stat().st_size > 0
+
+
+def test_curves_of_tasks(tmp_path):
+    "A panel per headline metric and protocol of each task with several shares of labels; a baseline that is not random is drawn, too; controls are left to the tables."
+    def rows(task, metric, *methods):
+        return [{'task': task, 'dataset': 'phantom', 'method': m, 'protocol': p, 'ratio': r, 'metric': metric, 'mean': .1 * i + r / 1000, 'low': .0, 'high': .9, 'seeds': 1 if p == 'baseline' else 2, 'runs': f'{task}/{m}'}
+                for i, (m, p) in enumerate(methods) for r in (10., 100.)]
+    job = study(tmp_path, vqa=rows('vqa', 'accuracy', ('gk', 'classification'), ('scratch', 'classification'), ('gk', 'generation'), ('question_only', 'baseline')) + rows('vqa', 'accuracy_open', ('gk', 'classification')),
+                report_generation=rows('report_generation', 'bleu_4', ('gk', 'finetune'), ('gk-nearest', 'nearest'), ('nearest_neighbour', 'baseline')), localization=rows('localization', 'map_40_75', ('gk', 'finetune'))[:1])
+    job.p = replace(P, tasks={'vqa': ['phantom'], 'report_generation': ['phantom'], 'localization': ['phantom']})
+    fig = job.task_curves()
+    assert [a.get_ylabel() for a in fig.axes] == ['BLEU-4', 'accuracy', 'accuracy'] and 'answer chosen' in fig.axes[1].get_title() and '2 seed(s)' in fig.axes[1].get_title()
+    lines = {x.get_label(): x.get_ydata().tolist() for x in fig.axes[1].lines if not x.get_label().startswith('_')}
+    assert lines['question_only'] == pytest.approx([.31, .4]) and all(a.get_legend() is None for a in fig.axes)
+    assert [x.get_text() for x in fig.legends[0].get_texts()] == ['scratch', 'gk', 'nearest_neighbour', 'question_only']
+    assert 'vqa/question_only' in job.sources['task_curves'] and not any('nearest' == r.split('-')[-1] for r in job.sources['task_curves'])
+    job.p = P
+    assert job.task_curves() is None, 'a preset without tasks has none'
 
 
 def test_panels_of_a_forest(tmp_path):

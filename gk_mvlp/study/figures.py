@@ -189,9 +189,9 @@ def plot_reliability(frames: dict[str, list[pd.DataFrame]], # method: one frame 
     return ax
 
 # %% ../../nbs/study/65_figures.ipynb #87e87023
-def plot_low_data(table: pd.DataFrame, # rows of classification.csv of one data set, metric and protocol
-                  title: str = '', ax: plt.Axes | None = None) -> plt.Axes:
-    "AUROC against the share of labels, with 95 % intervals."
+def plot_low_data(table: pd.DataFrame, # rows of a task's table, of one data set, metric and protocol
+                  title: str = '', ax: plt.Axes | None = None, ylabel: str = 'AUROC', chance: float | None = .5) -> plt.Axes:
+    "A metric against the share of labels, with 95 % intervals."
     ax = ax or plt.subplots(figsize=(4.2, 3.2))[1]
     methods = list(dict.fromkeys(table['method']))
     for k, name in enumerate(methods):
@@ -199,8 +199,8 @@ def plot_low_data(table: pd.DataFrame, # rows of classification.csv of one data 
         t = table[table['method'] == name].sort_values('ratio')
         x = t['ratio'] * 1.06 ** (k - len(methods) / 2)                # side by side, so that intervals can be told apart
         ax.errorbar(x, t['mean'], [t['mean'] - t['low'], t['high'] - t['mean']], color=c, marker='o', ms=3, lw=1, capsize=2, label=name)
-    ax.axhline(.5, color='grey', ls=':', lw=.8)
-    ax.set_xscale('log'); ax.set(xlabel='share of labels (%)', ylabel='AUROC', title=title)
+    if chance is not None: ax.axhline(chance, color='grey', ls=':', lw=.8)
+    ax.set_xscale('log'); ax.set(xlabel='share of labels (%)', ylabel=ylabel, title=title)
     ax.set_xticks(sorted(table['ratio'].unique())); ax.get_xaxis().set_major_formatter('{x:g}'); ax.minorticks_off()
     ax.legend(fontsize=7, frameon=False, ncol=2, loc='upper center', bbox_to_anchor=(.5, -.3)); sns.despine(ax=ax)
     return ax

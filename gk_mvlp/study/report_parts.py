@@ -27,6 +27,7 @@ FIGURES = {
     'roc': ('Pre-training on reports helps', 'ROC of linear probes with the largest share of labels: mean of the findings, thin lines per seed.'),
     'reliability': ('Pre-training on reports helps', 'Share of positives against predicted probability, linear probes, bins of equal mass. In the legend the calibration error of the tables.'),
     'forest': ('The grounded-knowledge module helps', 'gk minus its references in every task. Filled: p < .05 after correction; hollow: tested, not significant; cross: not in the tested family.'),
+    'task_curves': ('The grounded-knowledge module helps', 'Localization, reports and questions against the share of labels, with 95 % intervals. Dashed: the baseline of each task.'),
     'reports': ('Written reports are better than copied ones', 'The first test studies with a finding: reference and written reports, each sentence marked by its findings.'),
     'grounding': ('Prompts are grounded in the right regions', 'One test study: which prompt each region asks (0: none more than another; framed: stated in the report), and where two regions look.'),
     'ablations': ('Entity classification helps', 'gk minus each ablation, prompt mode and other objective; marks as in the figure of all tasks.'),

@@ -157,7 +157,8 @@ def task_report(table: pd.DataFrame, comparisons: pd.DataFrame, task: str, about
         if len(p): out += ['Published, **not comparable** (other data, splits and model sizes):', '', p[['method', 'ratio', 'metric', 'value', 'protocol', 'source']].fillna({'ratio': ''}).to_markdown(index=False), '']
     mine = comparisons[comparisons['task'] == task] if len(comparisons) else comparisons
     sure = mine[mine['p_holm'] < .05] if len(mine) else mine
-    lines = [f'- {r.dataset}, {r.protocol}, {r.metric}: gk {"better" if r.difference > 0 else "worse"} than {r.reference} by {abs(r.difference):.3f} ({r.low:.3f} to {r.high:.3f}), p = {r.p_holm:.3f}' for r in sure.itertuples()]
+    several = len(mine) and mine['ratio'].nunique() > 1
+    lines = [f'- {r.dataset}, {r.protocol}, {r.metric}{f", {r.ratio:g} %" if several else ""}: gk {"better" if r.difference > 0 else "worse"} than {r.reference} by {abs(r.difference):.3f} ({r.low:.3f} to {r.high:.3f}), p = {r.p_holm:.3f}' for r in sure.itertuples()]
     return '\n'.join([*out, '## What is supported', '', f'Of {len(mine)} paired comparisons of gk, {len(lines)} differ at p < .05 after Holm correction over all tasks.' + ('' if lines else ' No claim about gk is supported.'), *lines, ''])
 
 # %% ../../nbs/study/68_task_tables.ipynb #e9e338ca
