@@ -1,5 +1,6 @@
 "Gates and verdicts against plain rules; a report of a study without some of its tables."
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -55,6 +56,23 @@ def test_reports_must_beat_the_better_constant(low, holds):
 
 def comparison(reference, difference, p, **more):
     return {'task': 'classification', 'dataset': 'phantom', 'protocol': 'linear_probe', 'ratio': 100., 'method': 'gk', 'reference': reference, 'difference': difference, 'low': difference - .01, 'high': difference + .01, 'p_holm': p, 'n': 50} | more
+
+
+def test_a_comparison_with_a_yardstick_names_what_gk_was_asked():
+    "The table's row of a yardstick has the yardstick as its protocol; the evidence is about gk's attention."
+    row = {'task': 'grounding', 'dataset': 'phantom', 'ratio': np.nan, 'metric': 'pointing', 'n': 50, 'p_holm': .5}
+    base = [{'method': 'gk', 'protocol': 'attention'}]
+    others = [{'method': m, 'protocol': p, 'reference': 'gk', 'difference': -.1, 'difference_low': -.2, 'difference_high': .1} for m, p in (('uniform', 'uniform'), ('gk-null_prompts', 'attention'), ('gk', 'similarity'))]
+    t = evidence({'grounding': pd.DataFrame([row | r for r in base + others])})
+    assert t[['method', 'protocol', 'reference']].values.tolist() == [['gk', 'attention', 'uniform'], ['gk', 'attention', 'gk-null_prompts'], ['gk', 'similarity', 'gk']]
+    assert t['difference'].tolist() == [.1, .1, -.1] and t.loc[0, ['low', 'high']].tolist() == [-.1, .2]
+
+
+def test_a_report_says_how_many_seeds_the_tasks_have():
+    p = Preset('a test.', {}, {}, {}, {}, {}, seeds=(0, 1, 2, 3, 4), task_seeds=(0, 1, 2), tasks={'zero_shot': ['phantom']})
+    assert '5 seed(s). For' in report_text(p, [], {}, 'test'), 'zero-shot trains nothing and has all seeds'
+    text = report_text(replace(p, tasks={'vqa': ['phantom']}), [], {}, 'test')
+    assert '5 seed(s); 3 in tasks' in text and '4 degree(s) of freedom (2 in localization' in text
 
 
 def test_each_claim_takes_its_own_rows():

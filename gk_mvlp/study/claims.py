@@ -67,6 +67,12 @@ def table_gates(p: Preset, tables: dict[str, pd.DataFrame]) -> list[Gate]:
 # %% ../../nbs/study/98_claims.ipynb #2b2f9b09
 EVIDENCE = ('source', 'task', 'dataset', 'protocol', 'ratio', 'metric', 'method', 'reference', 'factor', 'level', 'group', 'difference', 'low', 'high', 'p_holm', 'n')
 
+def _asked(t: pd.DataFrame) -> pd.DataFrame: # grounding.csv
+    "With what gk was asked as the protocol of its comparison with a yardstick; the yardstick's row names itself there."
+    own = t[(t['method'] == 'gk') & t['reference'].isna()].drop_duplicates(['dataset', 'metric'])[['dataset', 'metric', 'protocol']]
+    asked = t[['dataset', 'metric']].merge(own, how='left', on=['dataset', 'metric'])['protocol'].set_axis(t.index)
+    return t.assign(protocol=t['protocol'].mask((t['method'] == t['protocol']) & asked.notna(), asked))
+
 def evidence(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     "Columns `EVIDENCE`, one row per paired comparison."
     parts = []
@@ -75,6 +81,7 @@ def evidence(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     for name in ('ablation', 'grounding', 'robustness', 'scaling', 'subgroups'):
         t = tables.get(name, pd.DataFrame())
         if not len(t) or 'difference' not in t: continue
+        if name == 'grounding': t = _asked(t)
         t = t[t['difference'].notna()].assign(source=name, low=lambda f: f['difference_low'], high=lambda f: f['difference_high'])
         if 'attribute' in t: t = t.assign(group=t['attribute'] + ', ' + t['group'])
         turn = (t['reference'] == 'gk') & (t['method'] != 'gk')
@@ -200,8 +207,9 @@ def study_claims(tables: dict[str, pd.DataFrame]) -> list[tuple[Claim, pd.DataFr
 def report_text(p: Preset, gates: list[Gate], tables: dict[str, pd.DataFrame], name: str) -> str:
     "REPORT.md."
     found, closed = study_claims(tables), [g for g in gates if not g.holds]
-    few = f'the seeds have {len(p.seeds) - 1} degree(s) of freedom, so that only large and even differences pass: a claim that is not supported is not thereby refuted.' if len(p.seeds) > 1 else 'one seed: how much training runs differ is not in the intervals.'
-    out = [f'# Results of `{name}`', '', f'{p.about} {len(p.seeds)} seed(s). For research only, not for clinical use.', '',
+    fewer = p.task_seeds if p.task_seeds and set(p.tasks) - {'zero_shot'} else ()
+    few = f'the seeds have {len(p.seeds) - 1} degree(s) of freedom{f" ({len(fewer) - 1} in localization, reports and questions)" if len(fewer) > 1 else ""}, so that only large and even differences pass: a claim that is not supported is not thereby refuted.' if len(p.seeds) > 1 else 'one seed: how much training runs differ is not in the intervals.'
+    out = [f'# Results of `{name}`', '', f'{p.about} {len(p.seeds)} seed(s){f"; {len(fewer)} in tasks that train more than a classifier" if fewer else ""}. For research only, not for clinical use.', '',
            f'Written by `gk_mvlp.study.claims` from the tables beside it; no sentence is typed by hand. Tests: paired, over patients (bootstrap) and seeds (Student), Holm-corrected within each table; {few} All methods had the same pictures, reports, epochs, learning rate and model selection on validation; `gk` also had a detector trained on true region boxes, and entity labels from the reports (ECLS), which `itc_itm_lm_ecls` had, too.', '',
            '## Did the models learn?', '']
     if gates: out += [pd.DataFrame([{'gate': g.name, 'of': g.method, 'value': f'{g.value:.3f}' if isinstance(g.value, float) else g.value, 'needed': g.needed, 'holds': 'yes' if g.holds else '**no**'} for g in gates]).to_markdown(index=False, disable_numparse=True), '']
