@@ -11,6 +11,7 @@ import pytest
 from gk_mvlp.config import Preset
 from gk_mvlp.paths import GKError
 from gk_mvlp.study.claims import CLAIMS, report_text
+from gk_mvlp.study.collect import drop_tables
 from gk_mvlp.study.figures import plot_grounding
 from gk_mvlp.study.paper_figures import FigureJob
 from gk_mvlp.study.report_parts import FIGURES, NOTE, PICTURES, finish_report, finished, section
@@ -72,6 +73,18 @@ def test_curves_of_tasks(tmp_path):
     assert 'vqa/question_only' in job.sources['task_curves'] and not any('nearest' == r.split('-')[-1] for r in job.sources['task_curves'])
     job.p = P
     assert job.task_curves() is None, 'a preset without tasks has none'
+
+
+def test_what_a_study_has_no_longer_is_deleted(tmp_path):
+    "A preset without its tasks or its disturbances: their old tables and figures would stand in the report as if they were new."
+    job = study(tmp_path, robustness=[{'metric': 'auroc'}], ablation=[{'metric': 'auroc'}])
+    for kind in ('md', 'tex'): (tmp_path/f'tables/robustness.{kind}').touch()
+    drop_tables(tmp_path/'tables', ['robustness', 'never written'])
+    assert [f.name for f in (tmp_path/'tables').iterdir()] == ['ablation.csv']
+    (tmp_path/'tables/ablation.csv').unlink()
+    (tmp_path/'figures').mkdir()
+    for name in ('scaling.png', 'scaling.pdf', 'losses.png'): (tmp_path/'figures'/name).touch()
+    assert list(job.draw()) == [] and [f.name for f in (tmp_path/'figures').iterdir()] == ['losses.png'], 'the figures of other notebooks are not theirs to delete'
 
 
 def test_panels_of_a_forest(tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'NO_INTERVAL', 'CONTROLS', 'REFERENCES', 'PAIRS', 'ORDER', 'METRIC_NAMES', 'SHORT_NAMES', 'PROTOCOLS',
            'SAVED', 'Cell', 'finished_runs', 'load_cells', 'study_weights', 'class_values', 'resample',
            'classification_table', 'class_table', 'comparison_table', 'detector_table', 'wide_table', 'published',
-           'sizes_sentence', 'comparison_sentences', 'markdown_report', 'write_table', 'latex_report',
+           'sizes_sentence', 'comparison_sentences', 'markdown_report', 'write_table', 'drop_tables', 'latex_report',
            'write_classification', 'sha256', 'saved_files', 'result_files', 'build_manifest', 'main']
 
 # %% ../../nbs/study/64_collect.ipynb #0001ce85
@@ -14,7 +14,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -228,6 +228,11 @@ def write_table(table: pd.DataFrame, folder: Path, name: str, markdown: str | No
     "name.csv (long), name.md and name.tex, atomically."
     for kind, text in (('csv', table.to_csv(index=False, float_format='%.6g')), ('md', markdown or table.to_markdown(index=False, floatfmt='.3f') + '\n'), ('tex', latex or table.to_latex(index=False, float_format='%.3f', escape=True))):
         with atomic_write(Path(folder)/f'{name}.{kind}') as f: f.write(text)
+
+def drop_tables(folder: Path, names: Iterable[str]) -> None:
+    "Delete tables that a study has no longer, so that neither the report nor a figure reads them."
+    for name in names:
+        for kind in ('csv', 'md', 'tex'): (Path(folder)/f'{name}.{kind}').unlink(missing_ok=True)
 
 def latex_report(table: pd.DataFrame) -> str:
     "One tabular per data set."

@@ -157,6 +157,8 @@ class StudyFigures:
         "Every figure that the preset has results for."
         for make in (self.forest, self.task_curves, self.ablations, self.robustness, self.subgroups, self.scaling, self.reports):
             if (fig := make()) is not None: yield fig
+            else:
+                for kind in ('png', 'pdf'): (self.results/'figures'/f'{make.__name__}.{kind}').unlink(missing_ok=True)  # of a preset as it was before
 
 # %% ../../nbs/study/96_study_figures.ipynb #f0c94a5d
 TASK_WORDS = {'classification': 'classification of findings', 'report_generation': 'written reports', 'localization': 'boxes of findings'}

@@ -25,7 +25,7 @@ from ..evaluation.statistics import bootstrap_p, class_thresholds, holm, macro_w
 from ..evaluation.subgroups import AGE_BANDS, ATTRIBUTES, frequency_masks, gap_and_worst, group_values, patient_masks, size_masks
 from ..evaluation.text import report_metrics
 from ..paths import GKError, read_text
-from .collect import Cell, load_cells, study_weights, write_table
+from .collect import Cell, drop_tables, load_cells, study_weights, write_table
 from .launch import classification_jobs, pretrained, probing_jobs
 from .task_tables import task_values
 from .variants import sweeps, variants
@@ -418,8 +418,9 @@ class StudyTables:
 
     def write(self, about: str) -> dict[str, str]:
         "Write every table as CSV, Markdown and LaTeX; {name: Markdown}."
-        reports = {}
-        for name, t in self.make().items():
+        reports, made = {}, self.make()
+        drop_tables(self.tables, set(ABOUT) - set(made))
+        for name, t in made.items():
             reports[name] = study_report(t, name, about)
             write_table(t, self.tables, name, reports[name], study_latex(t, name))
             self.sources[name] = sorted({r for runs in t['runs'] for r in runs.split()})

@@ -23,7 +23,7 @@ from ..evaluation.statistics import bootstrap_p, holm, macro_weighted, patient_w
 from ..evaluation.text import NLG_METRICS, report_metrics
 from ..evaluation.vqa import VQA_METRICS, vqa_metrics
 from ..paths import GKError, read_text
-from .collect import REFERENCES, published, write_table
+from .collect import REFERENCES, drop_tables, published, write_table
 from .launch import task_jobs
 
 # %% ../../nbs/study/68_task_tables.ipynb #87d7514d
@@ -170,6 +170,7 @@ def write_tasks(p: Preset, runs: Path, tables: Path) -> tuple[dict[str, str], di
     "Write a table per task, and task_comparisons, from a preset's finished runs; ({task: Markdown}, {table: run ids})."
     cells = load_task_cells([runs/j for j in task_jobs(p)], runs, table_draws(len(p.seeds)))
     table, comparisons, reports, used = task_table(cells), task_comparisons(cells), {}, {}
+    drop_tables(tables, {*TITLES, 'task_comparisons'} - {*p.tasks, *(['task_comparisons'] if len(comparisons) else [])})
     for task in p.tasks:
         own = table[table['task'] == task].reset_index(drop=True)
         reports[task] = task_report(own, comparisons, task, p.about)
