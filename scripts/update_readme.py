@@ -8,6 +8,8 @@ import pandas as pd
 
 from gk_mvlp.study.launch import time_estimate
 from gk_mvlp.study.report_parts import section
+from gk_mvlp.study.study_figures import BASELINE_OF
+from gk_mvlp.study.task_tables import HEADLINE
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ('constant', 'pixels', 'scratch', 'itc_itm_lm', 'itc_itm_lm_ecls', 'gk', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts')
@@ -22,6 +24,28 @@ def detector_sentence(folder: Path, metric: str) -> str:
     d = t[t['metric'] == metric].set_index('method')
     if not len(d): return ''
     return f'Detector {DETECTOR[metric]}: {d.loc["detector", "mean"]:.3f} ({d.loc["detector", "low"]:.3f}-{d.loc["detector", "high"]:.3f}), constant box {d.loc["constant", "mean"]:.3f}, n = {d.loc["detector", "n"]}.'
+
+
+NAMES = {'map_40_75': 'localization, mAP', 'bleu_4': 'reports, BLEU-4', 'clinical_f1': 'reports, clinical F1', 'accuracy': 'VQA, accuracy'}
+FINE_TUNED = ('finetune', 'classification')      # the second: an answer of VQA is chosen
+
+
+def task_lines(folder: Path) -> list[str]:
+    "Localization, reports and VQA with all labels beside each task's baseline; nothing where a preset has none of them."
+    columns, seeds = {}, set()
+    for task, baseline in BASELINE_OF.items():
+        if not (f := folder/f'tables/{task}.csv').is_file(): continue
+        t = pd.read_csv(f)
+        t = t[(t['ratio'] == t['ratio'].max()) & (t['protocol'].isin(FINE_TUNED) | (t['method'] == baseline))]
+        for metric in HEADLINE[task]:
+            own = t[(t['metric'] == metric) & ~t['method'].str.contains('-')]
+            seeds |= set(own.loc[own['method'] != baseline, 'seeds'])
+            columns[NAMES[metric]] = {'baseline' if r.method == baseline else r.method: f'{r.mean_:.3f} ({r.low:.3f}-{r.high:.3f})' + (f', {baseline}' if r.method == baseline else '')
+                                      for r in own.rename(columns={'mean': 'mean_'}).itertuples()}
+    if not columns: return []
+    wide = pd.DataFrame(columns)
+    order = [m for m in ('baseline', 'scratch', 'itc', 'itc_local', 'itc_itm_lm', 'gk') if m in wide.index]
+    return [f'Fine-tuned with all labels, mean and 95 % interval over patients and {" or ".join(str(s) for s in sorted(seeds))} seed(s). `baseline`: what each task reaches without pre-training.', '', wide.loc[order].rename_axis('method').to_markdown(), '']
 
 
 def study(folder: Path) -> list[str]:
@@ -39,11 +63,12 @@ def study(folder: Path) -> list[str]:
     wide = t.pivot(index='method', columns='column', values='cell')[list(dict.fromkeys(t.sort_values(['dataset', 'ratio'])['column']))]
     n = '; '.join(f'{d}: {g["n"].iloc[0]} test studies of {g["n_patients"].iloc[0]} patients' for d, g in table.groupby('dataset'))
     out += [f'Linear probe, AUROC, mean and 95 % interval over patients and {int(table["seeds"].max())} seed(s). {n}.', '',
-            wide.loc[[m for m in METHODS if m in wide.index]].to_markdown(), '']
+            wide.loc[[m for m in METHODS if m in wide.index]].to_markdown(), '', *task_lines(folder)]
     report = (folder/'REPORT.md').read_text(encoding='utf-8')
     out += [f'[Report]({folder.relative_to(ROOT)}/REPORT.md). ' + section(report, 'Did the models learn?').splitlines()[-1], '', section(report, 'In short'), '']
     out += [x for m in DETECTOR if (x := detector_sentence(folder, m))]
-    if (folder/'figures/low_data.png').is_file(): out += ['', f'![AUROC against the share of labels, with intervals]({folder.relative_to(ROOT)}/figures/low_data.png)']
+    for name, says in (('low_data', 'AUROC against the share of labels, with intervals'), ('task_curves', 'Localization, reports and VQA against the share of labels, with intervals')):
+        if (folder/f'figures/{name}.png').is_file(): out += ['', f'![{says}]({folder.relative_to(ROOT)}/figures/{name}.png)']
     return [*out, '']
 
 
