@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -23,10 +24,10 @@ from gk_mvlp.evaluation.metrics import auroc
 from gk_mvlp.paths import GKError
 from gk_mvlp.study import collect
 from gk_mvlp.study.figures import mean_calibration_error
-from gk_mvlp.study.launch import classification_jobs, task_jobs
+from gk_mvlp.study.launch import _lock, classification_jobs, task_jobs
 from gk_mvlp.study.report_parts import NOTE
 
-BIN = Path(sys.executable).parent
+BIN, ROOT = Path(sys.executable).parent, Path(__file__).resolve().parents[1]
 
 
 def paper(out, *args, **env):
@@ -207,6 +208,51 @@ def test_one_study_at_a_time(study):
         fcntl.flock(f, fcntl.LOCK_EX)
         r = paper(out)
     assert r.returncode == 1 and 'already running' in r.stderr
+
+
+CALLER = """
+import os, sys
+from pathlib import Path
+from gk_mvlp.study import launch
+sys.exit(launch.call_snakemake([sys.executable, '-c', sys.argv[2]], dict(os.environ), launch._lock(Path(sys.argv[1]))))"""
+STAND_IN = """
+import os, signal, subprocess, sys, time
+def told(*_): print('told', flush=True); time.sleep(1); job.kill(); sys.exit()
+signal.signal(signal.SIGTERM, told); signal.signal(signal.SIGINT, signal.SIG_IGN if IGNORES else lambda *_: sys.exit())
+job = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
+print(os.getpid(), job.pid, flush=True)
+time.sleep(600)"""
+
+
+def called(tmp_path, ignores=False):
+    "A command that waits for a stand-in of Snakemake with one job: (the command, pid of the stand-in, pid of its job)."
+    p = subprocess.Popen([sys.executable, '-c', CALLER, str(tmp_path), STAND_IN.replace('IGNORES', str(ignores))], stdout=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    return p, *map(int, p.stdout.readline().split())
+
+
+def gone(pid):
+    until = time.monotonic() + 30
+    while (there := psutil.pid_exists(pid) and psutil.Process(pid).status() != 'zombie') and time.monotonic() < until: time.sleep(.05)
+    return not there
+
+
+@pytest.mark.parametrize('ignores', [False, True])
+def test_a_stopped_study_leaves_no_job(tmp_path, ignores):
+    "Not even where interrupts are ignored, as in the background of a shell."
+    p, snakemake, job = called(tmp_path, ignores)
+    p.terminate()
+    assert p.wait(60) == 128 + signal.SIGTERM and gone(snakemake) and gone(job)
+    _lock(tmp_path).close()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere a process does not learn that its parent was killed')
+def test_a_study_whose_command_was_killed_starts_no_other_job(tmp_path):
+    "Snakemake is told to end, and holds the study's lock until it has."
+    p, snakemake, job = called(tmp_path)
+    p.kill(); p.wait()
+    with pytest.raises(GKError, match='already running'): _lock(tmp_path)
+    assert p.stdout.readline().strip() == 'told' and gone(snakemake) and gone(job)
+    _lock(tmp_path).close()
 
 
 def test_a_killed_job_continues_to_the_same_weights(study, tmp_path):

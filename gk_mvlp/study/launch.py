@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['BASELINES', 'UNDER_AGREEMENT', 'pretrained', 'classification_jobs', 'task_methods', 'task_jobs', 'pretrain_jobs',
            'probing_jobs', 'study_name', 'study_jobs', 'time_estimate', 'check_preset', 'snakemake_command',
-           'clear_outdated', 'run_study']
+           'call_snakemake', 'clear_outdated', 'run_study']
 
 # %% ../../nbs/study/62_launch.ipynb #06f7c640
+import ctypes
 import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
+
+import psutil
 
 from ..config import Preset, from_params, load_preset, merge
 from ..paths import GKError, data_root, project_root, read_text, results_dir, runs_dir
@@ -137,9 +141,29 @@ def _relative(p: Path) -> str: return str(p.relative_to(project_root())) if p.is
 
 def snakemake_command(preset: str, data: str, runs: str, results: str, cores: int, dry_run: bool = False, profile: str = '') -> list[str]:
     "The call of Snakemake for a preset: on `cores` of this machine, or where a workflow profile says."
-    return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'Snakefile'), '--directory', str(project_root()), *(['--workflow-profile', profile] if profile else ['--workflow-profile', 'none', '--cores', str(cores)]),
+    return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'Snakefile'), '--directory', str(project_root()), *(['--workflow-profile', profile] if profile else ['--workflow-profile', 'none', '--cores', str(cores), '--scheduler', 'greedy']),
             '--nolock', '--rerun-incomplete', '--keep-going', '--quiet', *(['rules', 'host'] if dry_run else ['all']), *(['--dry-run'] if dry_run else []),
             '--config', f'preset={preset}', f'data={data}', f'runs={runs}', f'results={results}', f'cores={cores}']
+
+def _end_with_parent() -> None: ctypes.CDLL(None).prctl(1, signal.SIGTERM)     # PR_SET_PDEATHSIG
+
+def _end(p: subprocess.Popen) -> None:
+    "Stop Snakemake and its jobs."
+    jobs = psutil.Process(p.pid).children(recursive=True) if p.poll() is None else []
+    p.send_signal(signal.SIGINT)                              # cancels jobs of a cluster
+    for job in jobs:
+        with suppress(psutil.NoSuchProcess): job.terminate()
+    try: p.wait(10)
+    except subprocess.TimeoutExpired: p.kill()                # interrupts are ignored in the background of a shell
+
+def call_snakemake(command: Sequence[str], env: dict[str, str], lock) -> int: # of `_lock`
+    "Run it to its end; its exit status. An interrupt or SIGTERM ends its jobs, too."
+    def stop(number, _): raise SystemExit(128 + number)
+    before = signal.signal(signal.SIGTERM, stop)
+    p = subprocess.Popen(command, env=env, cwd=project_root(), pass_fds=[lock.fileno()], preexec_fn=_end_with_parent if sys.platform == 'linux' else None)
+    try: return p.wait()
+    except (SystemExit, KeyboardInterrupt): _end(p); raise
+    finally: signal.signal(signal.SIGTERM, before)
 
 # %% ../../nbs/study/62_launch.ipynb #13cee65e
 def clear_outdated(results: Path, jobs: Sequence[str]) -> list[str]:
@@ -180,7 +204,7 @@ def run_study(preset: str, data: str = '', cores: int = 2, dry_run: bool = False
     lock = _lock(runs)
     if not dry_run and (old := clear_outdated(results, study_jobs(p))): print(f'{_relative(results)}: removed {len(old)} file(s) that rest on runs which this preset no longer has: {", ".join(old)}', flush=True)
     try:
-        with warm_server(env) if not (dry_run or profile) else nullcontext(env) as env: code = subprocess.run(command, env=env, cwd=project_root()).returncode
+        with warm_server(env) if not (dry_run or profile) else nullcontext(env) as env: code = call_snakemake(command, env, lock)
     finally: lock.close()
     if dry_run: return 0 if code == 0 else 1
     if code or not (results/'manifest.json').is_file():

@@ -149,15 +149,20 @@ def warm_server(env: dict[str, str]) -> Iterator[dict[str, str]]:
 
 # %% ../../nbs/study/79_warm.ipynb #4241cdcd
 def kernel_options() -> dict:
-    "Options for papermill that make the kernel a fork, where a server is."
-    if not os.environ.get(ADDRESS): return {}
+    "Options for papermill: a kernel without TCP ports, which is a fork where a server is."
+    if os.name != 'posix': return {}
     from jupyter_client.manager import AsyncKernelManager     # the client must not import it
-    class WarmKernelManager(AsyncKernelManager):
-        "Starts an IPython kernel through the client."
+    class JobKernelManager(AsyncKernelManager):
+        "Starts an IPython kernel that listens in a folder of its own."
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self._folder = tempfile.TemporaryDirectory(prefix='gk-mvlp-')    # short: paths of sockets end after some 100 characters
+            self.transport, self.ip = 'ipc', f'{self._folder.name}/kernel'
+
         def format_kernel_cmd(self, extra_arguments=None):
             command = super().format_kernel_cmd(extra_arguments)
-            return client_command(command[2:]) if command[1] == '-m' and command[2] == 'ipykernel_launcher' else command
-    return {'kernel_manager_class': WarmKernelManager}
+            return client_command(command[2:]) if os.environ.get(ADDRESS) and command[1:3] == ['-m', 'ipykernel_launcher'] else command
+    return {'kernel_manager_class': JobKernelManager}
 
 # %% ../../nbs/study/79_warm.ipynb #5da52bad
 #| eval: false
