@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from gk_mvlp.study.collect import ORDER, SHORT_NAMES
 from gk_mvlp.study.launch import time_estimate
 from gk_mvlp.study.report_parts import section
 from gk_mvlp.study.study_figures import BASELINE_OF
@@ -26,7 +27,7 @@ def detector_sentence(folder: Path, metric: str) -> str:
     return f'Detector {DETECTOR[metric]}: {d.loc["detector", "mean"]:.3f} ({d.loc["detector", "low"]:.3f}-{d.loc["detector", "high"]:.3f}), constant box {d.loc["constant", "mean"]:.3f}, n = {d.loc["detector", "n"]}.'
 
 
-NAMES = {'map_40_75': 'localization, mAP', 'bleu_4': 'reports, BLEU-4', 'clinical_f1': 'reports, clinical F1', 'accuracy': 'VQA, accuracy'}
+TASKS = {'localization': 'localization', 'report_generation': 'reports', 'vqa': 'VQA'}
 FINE_TUNED = ('finetune', 'classification')      # the second: an answer of VQA is chosen
 
 
@@ -40,11 +41,11 @@ def task_lines(folder: Path) -> list[str]:
         for metric in HEADLINE[task]:
             own = t[(t['metric'] == metric) & ~t['method'].str.contains('-')]
             seeds |= set(own.loc[own['method'] != baseline, 'seeds'])
-            columns[NAMES[metric]] = {'baseline' if r.method == baseline else r.method: f'{r.mean_:.3f} ({r.low:.3f}-{r.high:.3f})' + (f', {baseline}' if r.method == baseline else '')
+            columns[f'{TASKS[task]}, {SHORT_NAMES.get(metric, metric)}'] = {'baseline' if r.method == baseline else r.method: f'{r.mean_:.3f} ({r.low:.3f}-{r.high:.3f})' + (f', {baseline}' if r.method == baseline else '')
                                       for r in own.rename(columns={'mean': 'mean_'}).itertuples()}
     if not columns: return []
     wide = pd.DataFrame(columns)
-    order = [m for m in ('baseline', 'scratch', 'itc', 'itc_local', 'itc_itm_lm', 'gk') if m in wide.index]
+    order = [m for m in ('baseline', *ORDER) if m in wide.index]
     return [f'Fine-tuned with all labels, mean and 95 % interval over patients and {" or ".join(str(s) for s in sorted(seeds))} seed(s). `baseline`: what each task reaches without pre-training.', '', wide.loc[order].rename_axis('method').to_markdown(), '']
 
 

@@ -141,7 +141,7 @@ def _relative(p: Path) -> str: return str(p.relative_to(project_root())) if p.is
 
 def snakemake_command(preset: str, data: str, runs: str, results: str, cores: int, dry_run: bool = False, profile: str = '') -> list[str]:
     "The call of Snakemake for a preset: on `cores` of this machine, or where a workflow profile says."
-    return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'Snakefile'), '--directory', str(project_root()), *(['--workflow-profile', profile] if profile else ['--workflow-profile', 'none', '--cores', str(cores), '--scheduler', 'greedy']),
+    return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'Snakefile'), '--directory', str(project_root()), *(['--workflow-profile', profile] if profile else ['--workflow-profile', 'none', '--cores', str(cores)]),
             '--nolock', '--rerun-incomplete', '--keep-going', '--quiet', *(['rules', 'host'] if dry_run else ['all']), *(['--dry-run'] if dry_run else []),
             '--config', f'preset={preset}', f'data={data}', f'runs={runs}', f'results={results}', f'cores={cores}']
 
