@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'step_generator', 'epoch_steps', 'bounded', 'as_batch', 'make_loader', 'parameter_groups', 'split',
-           'gather', 'scatter', 'attention_backend', 'Trainer']
+           'gather', 'scatter', 'plain_attention', 'attention_backend', 'Trainer']
 
 # %% ../../nbs/training/31_trainer.ipynb #7ec666ad
 import copy
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
@@ -191,16 +191,28 @@ def scatter(whole: nn.Module, split: nn.Module) -> None:
     for k, v in split.state_dict().items(): v.copy_(distribute_tensor(full[k], v.device_mesh, v.placements) if isinstance(v, DTensor) else full[k])
 
 # %% ../../nbs/training/31_trainer.ipynb #492f30ec
+_attention = F.scaled_dot_product_attention
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, # [..., Q, d], [..., S, d], [..., S, e]
+                    attn_mask: Tensor | None = None, # bool (True = may be attended to) or added to the scores; broadcasts to [..., Q, S]
+                    dropout_p: float = 0., is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+    "`F.scaled_dot_product_attention` as its formula, in the type of `query`. A row in which all is masked gives the mean of the values, where PyTorch's gives zero."
+    if enable_gqa: return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
+    with torch.autocast(query.device.type, enabled=False):       # autocast would take the softmax to float32
+        s, low = (query * (scale or query.shape[-1] ** -.5)) @ key.transpose(-1, -2), torch.finfo(query.dtype).min
+        if is_causal: attn_mask = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool: attn_mask = torch.zeros_like(attn_mask, dtype=s.dtype).masked_fill_(~attn_mask, low)   # small: [B, 1, 1, S] for most
+        if attn_mask is not None: s = s + attn_mask.to(s.dtype).clamp(min=low)
+        return F.dropout(s.softmax(-1), dropout_p) @ value if dropout_p else s.softmax(-1) @ value
+
 @contextmanager
 def attention_backend(device: str # 'cpu', 'cuda', ...
                       ):
-    "A context: plain attention in the type of its inputs on a CPU, PyTorch's own choice elsewhere."
-    if device != 'cpu': yield; return
-    was = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()    # of every device, in spite of its name
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH): yield
-    finally: torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(was)
+    "A context: `plain_attention` on a CPU, PyTorch's own choice elsewhere."
+    was = F.scaled_dot_product_attention
+    if device == 'cpu': F.scaled_dot_product_attention = plain_attention
+    try: yield
+    finally: F.scaled_dot_product_attention = was
 
 # %% ../../nbs/training/31_trainer.ipynb #7ca3541e
 class _Setup(_State):
