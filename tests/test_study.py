@@ -201,6 +201,24 @@ def test_a_second_call_does_nothing(study):
     assert before == after and 'start ' not in r.stdout and time.time() - start < 60
 
 
+CHANGED = """
+from gk_mvlp.study import run
+own = run.code_hash
+run.code_hash = lambda stage: 'another' if stage in {stages!r} else own(stage)"""
+
+
+@pytest.mark.parametrize('stages, again', [((), set()), (('paper',), {'tables', 'task_tables', 'study', 'figures', 'report', 'manifest'}), (('probing',), {'probing', 'study', 'figures', 'report', 'manifest'})])
+def test_what_runs_again_when_code_has_changed(study, tmp_path, stages, again):
+    "The stages whose code has another text, and what rests on them; a library file that was only written anew is no change."
+    out, _ = study
+    (tmp_path/'sitecustomize.py').write_text(CHANGED.format(stages=stages))
+    os.utime(ROOT/'gk_mvlp/models/losses.py')
+    r = paper(out, '--dry-run', PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}')
+    assert r.returncode == 0, r.stderr
+    rules = {'detector', 'pretrain', 'classification', 'task', 'probing', 'tables', 'task_tables', 'study', 'figures', 'report', 'manifest'}
+    assert {line.split()[0] for line in r.stdout.splitlines() if line.split()[:1] and line.split()[0] in rules and line.split()[-1].isdigit()} == again
+
+
 def test_one_study_at_a_time(study):
     import fcntl
     out, _ = study
