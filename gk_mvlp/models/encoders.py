@@ -92,7 +92,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor # [B, 1, S, S]
                 ) -> Tensor: # [B, 1+N, D]
-        if self.stem and images.device.type == 'cpu': images = images.to(memory_format=torch.channels_last)   # its convolutions take two thirds of the time so
+        if self.stem and images.device.type == 'cpu': images = images.to(memory_format=torch.channels_last)   # faster there (benchmarks/attention.py)
         v = self.proj(self.vit.forward_features(images))
         return v if self.pool == 'cls' else torch.cat([v[:, 1:].mean(1, keepdim=True), v[:, 1:]], 1)
 

@@ -199,7 +199,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, # [..., Q, d], [.
     "`F.scaled_dot_product_attention` as its formula, in the type of `query`. A row in which all is masked gives the mean of the values, where PyTorch's gives zero."
     if enable_gqa: return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
     with torch.autocast(query.device.type, enabled=False):       # autocast would take the softmax to float32
-        s, low = (query * (scale or query.shape[-1] ** -.5)) @ key.transpose(-1, -2), torch.finfo(query.dtype).min
+        s, low = (query * (query.shape[-1] ** -.5 if scale is None else scale)) @ key.transpose(-1, -2), torch.finfo(query.dtype).min
         if is_causal: attn_mask = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool: attn_mask = torch.zeros_like(attn_mask, dtype=s.dtype).masked_fill_(~attn_mask, low)   # small: [B, 1, 1, S] for most
         if attn_mask is not None: s = s + attn_mask.to(s.dtype).clamp(min=low)
