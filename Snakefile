@@ -11,6 +11,9 @@ from gk_mvlp.study.variants import method_settings
 
 localrules: all, manifest
 
+# Snakemake looks at all waiting jobs again one second after each look, in one more chain of timers per job that ends: a third of a core after a hundred jobs. Without a limit on starts it looks only when a job ends.
+if workflow.scheduling_settings is not None: workflow.scheduling_settings.max_jobs_per_timespan = None
+
 PRESET, DATA = config["preset"], config.get("data") or ""     # "data=" on the command line arrives as None
 RUNS, RESULTS = config["runs"], config["results"]
 P = load_preset(PRESET)
