@@ -4,6 +4,8 @@
 # outputs, because outputs of a failed job are deleted and a resumed job needs them.
 import json
 
+from snakemake.scheduling.job_scheduler import JobScheduler
+
 from gk_mvlp.config import load_preset
 from gk_mvlp.study.launch import classification_jobs, pretrained, probing_jobs, task_jobs
 from gk_mvlp.study.run import STAGE_PACKAGES, code_hash
@@ -11,8 +13,8 @@ from gk_mvlp.study.variants import method_settings
 
 localrules: all, manifest
 
-# Snakemake looks at all waiting jobs again one second after each look, in one more chain of timers per job that ends: a third of a core after a hundred jobs. Without a limit on starts it looks only when a job ends.
-if workflow.scheduling_settings is not None: workflow.scheduling_settings.max_jobs_per_timespan = None
+# Snakemake looks at all waiting jobs again a second after each look (its limit on starts), and each job that ends begins one more such chain: a third of a core after a hundred jobs. A look when a job ends is enough.
+JobScheduler._schedule_reevalutation = lambda self, delay: None
 
 PRESET, DATA = config["preset"], config.get("data") or ""     # "data=" on the command line arrives as None
 RUNS, RESULTS = config["runs"], config["results"]
