@@ -1,5 +1,6 @@
 "The whole study once, as a reader would call it: outputs, provenance, a no-op second call, a killed and continued job, broken inputs."
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -217,6 +218,13 @@ def test_what_runs_again_when_code_has_changed(study, tmp_path, stages, again):
     assert r.returncode == 0, r.stderr
     rules = {'detector', 'pretrain', 'classification', 'task', 'probing', 'tables', 'task_tables', 'study', 'figures', 'report', 'manifest'}
     assert {line.split()[0] for line in r.stdout.splitlines() if line.split()[:1] and line.split()[0] in rules and line.split()[-1].isdigit()} == again
+
+
+def test_snakemake_has_the_timers_that_the_snakefile_turns_off(root):
+    "A private name of Snakemake: should it change, a study of hundreds of jobs would lose up to a core to them, in silence."
+    from snakemake.scheduling.job_scheduler import JobScheduler
+    assert 'Timer(' in inspect.getsource(JobScheduler._schedule_reevalutation)
+    assert 'JobScheduler._schedule_reevalutation = ' in (root/'Snakefile').read_text(encoding='utf-8')
 
 
 def test_one_study_at_a_time(study):
