@@ -5,20 +5,15 @@ Attention over the patches of 32 pictures (no mask) and over the tokens of 32 re
 """
 import argparse
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from common import in_turn, write
+from common import in_turn, mini_gk, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gk_mvlp.config import load_preset
-from gk_mvlp.data.phantom import PhantomConfig, load_phantom
-from gk_mvlp.models.detector import DetectorConfig, RegionDetector
 from gk_mvlp.models.gk_mvlp import GKMVLP
-from gk_mvlp.study.experiments import corpus_tokenizer, pretrain_configs, study_set
-from gk_mvlp.training.trainer import plain_attention
+from gk_mvlp.training.trainer import attention_backend
 
 BATCH = 32
 
@@ -33,16 +28,7 @@ def unfused(bf16: bool):
     finally: torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(was)
 
 
-@contextmanager
-def formula():
-    "As training runs (`attention_backend`)."
-    was = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = plain_attention
-    try: yield
-    finally: F.scaled_dot_product_attention = was
-
-
-WAYS = {'fused': partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION), 'unfused': partial(unfused, False), 'unfused_bf16': partial(unfused, True), 'formula': formula}
+WAYS = {'fused': partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION), 'unfused': partial(unfused, False), 'unfused_bf16': partial(unfused, True), 'formula': partial(attention_backend, 'cpu')}
 
 
 def attention(way, tensors, mask) -> None:
@@ -55,17 +41,6 @@ def attention_ms(tokens: int, heads: int, width: int, padded: bool, rounds: int)
     tensors = [torch.randn(BATCH, heads, tokens, width, generator=g).bfloat16().requires_grad_() for _ in range(3)]
     mask = (torch.arange(tokens) < torch.randint(tokens // 2, tokens + 1, (BATCH, 1, 1, 1), generator=g)) if padded else None
     return {k: 1e3 * s for k, s in in_turn({k: partial(attention, way, tensors, mask) for k, way in WAYS.items()}, rounds, 3).items()}
-
-
-def mini(studies: int):
-    "(the `gk` model of mini, one batch)."
-    settings = asdict(load_preset('mini'))
-    config, _, strength = pretrain_configs(settings, 'gk', 0)
-    data = load_phantom(PhantomConfig(**settings['data'] | {'n': studies}), progress=False)
-    tokenizer = corpus_tokenizer(data, config)
-    part = study_set(data, 'train', tokenizer, RegionDetector(DetectorConfig(image_size=config.image_size)), config, strength, 0)
-    model = GKMVLP(replace(config, detector_dim=part.fields['region_features'].shape[-1]), tokenizer).train()
-    return model, part[list(range(BATCH))]
 
 
 def step(model, batch, way) -> None:
@@ -81,18 +56,16 @@ def stem(model, images, layout) -> None:
 
 def main(rounds: int) -> None:
     torch.manual_seed(0)
-    model, batch = mini(120)
+    config, _, tokenizer, part = mini_gk(120)
+    model, batch = GKMVLP(config, tokenizer).train(), part[list(range(BATCH))]
     vit = model.image_encoder.vit
     heads, width = vit.blocks[0].attn.num_heads, vit.embed_dim // vit.blocks[0].attn.num_heads
-    out = {}
-    for name, tokens, padded in (('patches', vit.patch_embed.num_patches + 1, False), ('reports', batch['input_ids'].shape[1], True)):
-        out |= {f'{k}_{name}_ms': v for k, v in attention_ms(tokens, heads, width, padded, 5 * rounds).items()}
+    sizes = {'patches': (vit.patch_embed.num_patches + 1, False), 'reports': (batch['input_ids'].shape[1], True)}
+    times = {name: attention_ms(tokens, heads, width, padded, 5 * rounds) for name, (tokens, padded) in sizes.items()}
     layouts = in_turn({k: partial(stem, model, batch['images'], v) for k, v in (('channels_last', torch.channels_last), ('channels_first', torch.contiguous_format))}, rounds)
-    steps = in_turn({k: partial(step, model, batch, way) for k, way in WAYS.items()}, rounds)
-    out |= {f'stem_{k}_ms': 1e3 * s for k, s in layouts.items()} | {f'step_{k}_ms': 1e3 * s for k, s in steps.items()}
-    for name in ('patches', 'reports', 'step'):
-        times = {k: steps[k] * 1e3 if name == 'step' else out[f'{k}_{name}_ms'] for k in WAYS}
-        out |= {f'ratio_{k}_to_formula_{name}': times[k] / times['formula'] for k in WAYS if k != 'formula'}
+    times['step'] = {k: 1e3 * s for k, s in in_turn({k: partial(step, model, batch, way) for k, way in WAYS.items()}, rounds).items()}
+    out = {f'{k}_{name}_ms': v for name, t in times.items() for k, v in t.items()} | {f'stem_{k}_ms': 1e3 * s for k, s in layouts.items()}
+    out |= {f'ratio_{k}_to_formula_{name}': v / t['formula'] for name, t in times.items() for k, v in t.items() if k != 'formula'}
     write('attention', out | {'ratio_stem_channels_last_to_first': layouts['channels_last'] / layouts['channels_first'], 'batch': BATCH, 'heads': heads, 'width': width, 'rounds': rounds})
 
 

@@ -35,3 +35,19 @@ def write(name: str, result: dict) -> None:
     (RESULTS/f'{name}.json').write_text(json.dumps({**result, **machine()}, indent=1) + '\n', encoding='utf-8')
     for k, v in result.items(): print(f'{k:32} {v:.3g}' if isinstance(v, float) else f'{k:32} {v}')
     sys.stdout.flush()
+
+
+def mini_gk(studies: int) -> tuple:
+    "(model configuration, training configuration, tokenizer, training set) of `gk` as the preset mini pre-trains it, on so many phantoms."
+    from dataclasses import asdict, replace
+
+    from gk_mvlp.config import load_preset
+    from gk_mvlp.data.phantom import PhantomConfig, load_phantom
+    from gk_mvlp.models.detector import DetectorConfig, RegionDetector
+    from gk_mvlp.study.experiments import corpus_tokenizer, pretrain_configs, study_set
+    settings = asdict(load_preset('mini'))
+    config, train, strength = pretrain_configs(settings, 'gk', 0)
+    data = load_phantom(PhantomConfig(**settings['data'] | {'n': studies}), progress=False)
+    tokenizer = corpus_tokenizer(data, config)
+    part = study_set(data, 'train', tokenizer, RegionDetector(DetectorConfig(image_size=config.image_size)), config, strength, 0)
+    return replace(config, detector_dim=part.fields['region_features'].shape[-1]), train, tokenizer, part

@@ -2,28 +2,19 @@
 import argparse
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import write
+from common import mini_gk, write
 
-from gk_mvlp.config import load_preset
-from gk_mvlp.data.phantom import PhantomConfig, load_phantom
-from gk_mvlp.models.detector import DetectorConfig, RegionDetector
 from gk_mvlp.models.gk_mvlp import GKMVLP
-from gk_mvlp.study.experiments import corpus_tokenizer, pretrain_configs, study_set
 from gk_mvlp.training.trainer import Trainer
 
 
 def main(studies: int, epochs: int) -> None:
     torch.manual_seed(0)
-    settings = asdict(load_preset('mini'))
-    config, train, strength = pretrain_configs(settings, 'gk', 0)
-    data = load_phantom(PhantomConfig(**settings['data'] | {'n': studies}), progress=False)
-    tokenizer = corpus_tokenizer(data, config)
-    part = study_set(data, 'train', tokenizer, RegionDetector(DetectorConfig(image_size=config.image_size)), config, strength, 0)
-    config = replace(config, detector_dim=part.fields['region_features'].shape[-1])
+    config, train, tokenizer, part = mini_gk(studies)
     out = {}
     for workers in (1, 0):
         waited = {}
