@@ -76,6 +76,7 @@ class Preset:
     task_methods: tuple[str, ...] = ()           # methods in these tasks; empty = methods
     task_ratios: tuple[float, ...] = (100.,)     # per cent of the training patients, for tasks that train
     task_seeds: tuple[int, ...] = ()             # seeds of tasks that train; empty = seeds
+    task_finetune: dict[str, dict] = dataclasses.field(default_factory=dict) # task (or classification): TrainConfig fields that differ from finetune's
     localization: dict = dataclasses.field(default_factory=dict) # LocalizationConfig fields
     generation: dict = dataclasses.field(default_factory=dict)   # GenerationConfig fields
     methods: tuple[str, ...] = ('scratch', 'itc_itm_lm', 'gk')

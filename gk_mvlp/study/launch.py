@@ -116,11 +116,13 @@ def check_preset(p: Preset) -> None:
     from_params(PhantomConfig, p.data, 'preset, section data')
     from_params(ModelConfig, p.model, 'preset, section model')
     detector_configs({'detector': p.detector}, 0)
-    for where, d in (('pretrain', p.pretrain), ('finetune', p.finetune)): train_config(d, where, 0)
+    for where, d in (('pretrain', p.pretrain), ('finetune', p.finetune), *((f'task_finetune.{t}', p.finetune | d) for t, d in p.task_finetune.items())): train_config(d, where, 0)
     from_params(LocalizationConfig, p.localization, 'preset, section localization')
     from_params(GenerationConfig, p.generation, 'preset, section generation')
     for t in p.tasks:
         if t not in TASKS: raise GKError(f'preset: unknown task {t!r}', f'Use: {", ".join(TASKS)}.')
+    for t in p.task_finetune:
+        if t not in (trained := ('classification', *(t for t in TASKS if t != 'zero_shot'))): raise GKError(f'preset: task_finetune of {t!r}, which trains nothing', f'Use: {", ".join(trained)}.')
     for m in (*p.methods, *p.task_methods):
         if m != 'pixels' and m not in OBJECTIVES: raise GKError(f'preset: unknown method {m!r}', f'Use: pixels, {", ".join(OBJECTIVES)}.')
     if other := [s for s in p.task_seeds if s not in p.seeds]: raise GKError(f'preset: task_seeds has {other[0]}, which is no seed of the preset', f'Use some of: {", ".join(map(str, p.seeds))}; tasks begin at its pre-trained models.')
