@@ -15,9 +15,10 @@ from gk_mvlp.evaluation.vqa import question_frame, vqa_metrics
 from gk_mvlp.models.detector import DetectorConfig, RegionDetector
 from gk_mvlp.models.encoders import ImageEncoder, train_tokenizer
 from gk_mvlp.models.gk_mvlp import GKMVLP, ModelConfig, prompt_book
-from gk_mvlp.paths import GKError
+from gk_mvlp.paths import GKError, project_root
 from gk_mvlp.study import task_runs as R
 from gk_mvlp.study import task_tables as TT
+from gk_mvlp.study.experiments import finetune_config
 from gk_mvlp.study.launch import check_preset, task_jobs
 from gk_mvlp.study.run import notebook_parameters, stage_sources
 from gk_mvlp.tasks import classification as C
@@ -248,9 +249,23 @@ def test_jobs_of_a_preset():
 
 
 @pytest.mark.parametrize('change, says', [({'tasks': {'poetry': ['phantom']}}, 'unknown task'), ({'tasks': {'vqa': ['nowhere']}}, 'unknown data set'), ({'localization': {'head': 'yolo'}}, 'head'), ({'generation': {'beam': 3}}, "'beam'"),
-                                          ({'task_methods': ('gkk',)}, 'unknown method'), ({'task_seeds': (7,)}, 'task_seeds has 7')])
+                                          ({'task_methods': ('gkk',)}, 'unknown method'), ({'task_seeds': (7,)}, 'task_seeds has 7'),
+                                          ({'task_finetune': {'zero_shot': {'lr': 1.}}}, 'trains nothing'), ({'task_finetune': {'vqa': {'lrr': 1.}}}, "task_finetune.vqa.*'lrr'")])
 def test_a_wrong_preset_stops_before_the_first_job(change, says):
     with pytest.raises(GKError, match=says): check_preset(replace(load_preset('smoke'), **change))
+
+
+def test_a_task_may_differ_in_its_training():
+    "What `task_finetune` says holds for its task alone; the rest is `finetune`'s."
+    settings = {'finetune': {'epochs': 2, 'batch_size': 8, 'lr': .1, 'augment': .5}, 'task_finetune': {'vqa': {'lr': .3, 'augment': .1}}}
+    (config, strength), (other, usual) = (finetune_config(settings, t, 4) for t in ('vqa', 'localization'))
+    assert (config.lr, strength, other.lr, usual) == (.3, .1, .1, .5) and config == replace(other, lr=.3) and other.seed == 4
+
+
+@pytest.mark.parametrize('task', ('classification', *(t for t in R.TASKS if t != 'zero_shot')))
+def test_notebooks_read_the_settings_of_their_own_task(task):
+    source = next((project_root()/'nbs'/'experiments').glob(f'*_{task}.ipynb')).read_text()
+    assert f"finetune_config(settings, '{task}', seed)" in source and source.count('finetune_config(') == 1
 
 
 @pytest.mark.parametrize('name', preset_names())
