@@ -13,16 +13,19 @@ from gk_mvlp.study.variants import method_settings
 
 localrules: all, manifest
 
-# Snakemake looks at all waiting jobs again a second after each look (its limit on starts), and each job that ends begins one more such chain: a third of a core after a hundred jobs. A look when a job ends is enough.
+# Snakemake looks at all waiting jobs again a second after each look (its limit on starts), and each job that ends begins one more
+# such chain: a third of a core after a hundred jobs. A look when a job ends is enough.
 JobScheduler._schedule_reevalutation = lambda self, delay: None
 
 PRESET, DATA = config["preset"], config.get("data") or ""     # "data=" on the command line arrives as None
 RUNS, RESULTS = config["runs"], config["results"]
 P = load_preset(PRESET)
 DETECTOR = f"{RUNS}/detector"
-CODE = {k: code_hash(k) for k in STAGE_PACKAGES}             # as a param: as inputs, sixty files would be looked at again for every waiting job whenever one ends
+# as a param: as inputs, sixty files would be looked at again for every waiting job whenever one ends
+CODE = {k: code_hash(k) for k in STAGE_PACKAGES}
 PUBLISHED = expand("paper_results/published/{f}.csv", f=glob_wildcards("paper_results/published/{f}.csv").f)
-RUN = "OMP_NUM_THREADS={threads} python -S -E gk_mvlp/study/warm.py gk_mvlp.study.run {input.nb} $(dirname {output[0]}) --label {params.label:q} --params {params.p:q}"
+RUN = ("OMP_NUM_THREADS={threads} python -S -E gk_mvlp/study/warm.py gk_mvlp.study.run {input.nb} $(dirname {output[0]}) "
+       "--label {params.label:q} --params {params.p:q}")
 
 wildcard_constraints:
     seed=r"\d+", dataset="[a-z_]+", method=r"[a-z_]+(-[a-z\d_.]+)?", ratio=r"[\d.]+"

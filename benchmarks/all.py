@@ -1,6 +1,7 @@
 """Every benchmark in turn, each in a process of its own; then the table of all results.
 
-`python benchmarks/all.py [NAME ...]` runs all or the named ones, `--table` only writes the table (benchmarks/README.md). A benchmark that fails does not stop the others; the exit status is then 1.
+`python benchmarks/all.py [NAME ...]` runs all or the named ones, `--table` only writes the table (benchmarks/README.md). A benchmark
+that fails does not stop the others; the exit status is then 1.
 """
 import json
 import subprocess
@@ -19,11 +20,15 @@ def about(name: str) -> str:
 
 def table() -> str:
     "All results as Markdown, a section per benchmark."
-    out = ['# Speed', '', 'Written by `make bench` from `benchmarks/results/*.json`. Ratios compare ways that ran in turn on one machine; they carry over to other machines better than rates do.', '']
+    out = ['# Speed', '', 'Written by `make bench` from `benchmarks/results/*.json`. Ratios compare ways that ran in turn on one machine; '
+                          'they carry over to other machines better than rates do.', '']
     for path in sorted((HERE/'results').glob('*.json')):
         r = json.loads(path.read_text(encoding='utf-8'))
-        out += [f'## {path.stem}', '', about(path.stem), '', f'On {r["cpu"]}, {r["cpus"]} cores, {r["threads"]} thread(s), torch {r["torch"]}, Python {r["python"]}.', '', '| figure | value |', '|:--|--:|']
-        out += [f'| {k} | {v:,.3g} |' if isinstance(v, float) and abs(v) < 1000 else f'| {k} | {v:,.0f} |' if isinstance(v, (int, float)) else f'| {k} | {v} |' for k, v in r.items() if k not in MACHINE]
+        out += [f'## {path.stem}', '', about(path.stem), '',
+                f'On {r["cpu"]}, {r["cpus"]} cores, {r["threads"]} thread(s), torch {r["torch"]}, Python {r["python"]}.', '',
+                '| figure | value |', '|:--|--:|']
+        out += [f'| {k} | {v:,.3g} |' if isinstance(v, float) and abs(v) < 1000 else f'| {k} | {v:,.0f} |'
+                if isinstance(v, (int, float)) else f'| {k} | {v} |' for k, v in r.items() if k not in MACHINE]
         out.append('')
     return '\n'.join(out)
 

@@ -1,6 +1,8 @@
-"""Training on a CPU at mini size: ways of attention, layouts of the CNN stem, and the whole `gk` step with either, forwards and backwards in bf16.
+"""Training on a CPU at mini size: ways of attention, layouts of the CNN stem, and the whole `gk` step with either, forwards and
+backwards in bf16.
 
-Attention over the patches of 32 pictures (no mask) and over the tokens of 32 reports (padding masked): PyTorch's fused kernel, its unfused one as it comes (bf16 computed in float32) and told to stay in bf16, and the formula
+Attention over the patches of 32 pictures (no mask) and over the tokens of 32 reports (padding masked): PyTorch's fused kernel, its
+unfused one as it comes (bf16 computed in float32) and told to stay in bf16, and the formula
 (`plain_attention`), which training uses. The ways take turns; medians count.
 """
 import argparse
@@ -28,7 +30,8 @@ def unfused(bf16: bool):
     finally: torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(was)
 
 
-WAYS = {'fused': partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION), 'unfused': partial(unfused, False), 'unfused_bf16': partial(unfused, True), 'formula': partial(attention_backend, 'cpu')}
+WAYS = {'fused': partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION), 'unfused': partial(unfused, False),
+        'unfused_bf16': partial(unfused, True), 'formula': partial(attention_backend, 'cpu')}
 
 
 def attention(way, tensors, mask) -> None:
@@ -62,11 +65,13 @@ def main(rounds: int) -> None:
     heads, width = vit.blocks[0].attn.num_heads, vit.embed_dim // vit.blocks[0].attn.num_heads
     sizes = {'patches': (vit.patch_embed.num_patches + 1, False), 'reports': (batch['input_ids'].shape[1], True)}
     times = {name: attention_ms(tokens, heads, width, padded, 5 * rounds) for name, (tokens, padded) in sizes.items()}
-    layouts = in_turn({k: partial(stem, model, batch['images'], v) for k, v in (('channels_last', torch.channels_last), ('channels_first', torch.contiguous_format))}, rounds)
+    layouts = in_turn({k: partial(stem, model, batch['images'], v)
+                       for k, v in (('channels_last', torch.channels_last), ('channels_first', torch.contiguous_format))}, rounds)
     times['step'] = {k: 1e3 * s for k, s in in_turn({k: partial(step, model, batch, way) for k, way in WAYS.items()}, rounds).items()}
     out = {f'{k}_{name}_ms': v for name, t in times.items() for k, v in t.items()} | {f'stem_{k}_ms': 1e3 * s for k, s in layouts.items()}
     out |= {f'ratio_{k}_to_formula_{name}': v / t['formula'] for name, t in times.items() for k, v in t.items() if k != 'formula'}
-    write('attention', out | {'ratio_stem_channels_last_to_first': layouts['channels_last'] / layouts['channels_first'], 'batch': BATCH, 'heads': heads, 'width': width, 'rounds': rounds})
+    write('attention', out | {'ratio_stem_channels_last_to_first': layouts['channels_last'] / layouts['channels_first'], 'batch': BATCH,
+                              'heads': heads, 'width': width, 'rounds': rounds})
 
 
 if __name__ == '__main__':

@@ -13,8 +13,10 @@ RESULTS = Path(__file__).parent/'results'
 def machine() -> dict:
     "The hardware and versions a figure belongs to; figures of different machines are not comparable, ratios are."
     import torch
-    names = [l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')] if Path('/proc/cpuinfo').is_file() else []
-    return {'cpu': names[0] if names else platform.processor(), 'cpus': os.cpu_count(), 'threads': torch.get_num_threads(), 'torch': torch.__version__, 'python': platform.python_version()}
+    names = ([l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')]
+             if Path('/proc/cpuinfo').is_file() else [])
+    return {'cpu': names[0] if names else platform.processor(), 'cpus': os.cpu_count(), 'threads': torch.get_num_threads(),
+            'torch': torch.__version__, 'python': platform.python_version()}
 
 
 def in_turn(functions: dict, # name -> function

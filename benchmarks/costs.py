@@ -1,7 +1,10 @@
-"""What a pre-training sample costs at paper size, counted and not timed: parameters and FLOPs by part, and the memory of weights, gradients and AdamW's moments.
+"""What a pre-training sample costs at paper size, counted and not timed: parameters and FLOPs by part, and the memory of weights,
+gradients and AdamW's moments.
 
-FLOPs are those of matrix products, convolutions and attention (`torch.utils.flop_counter`), two per multiplication with addition, of one forward pass in training mode without dropout's effect; a backward
-pass costs twice as much. The knowledge encoder is frozen: its texts were encoded when the model was made, and prompts cost nothing. Region features are given, as they are cached in training. open_clip's CoCa of the same size (`pretrain_step`) stands beside it.
+FLOPs are those of matrix products, convolutions and attention (`torch.utils.flop_counter`), two per multiplication with addition, of one
+forward pass in training mode without dropout's effect; a backward
+pass costs twice as much. The knowledge encoder is frozen: its texts were encoded when the model was made, and prompts cost nothing.
+Region features are given, as they are cached in training. open_clip's CoCa of the same size (`pretrain_step`) stands beside it.
 """
 import torch
 from common import write
@@ -29,8 +32,10 @@ def main() -> None:
     every, trained = (sum(p.numel() for p in model.parameters() if f(p)) for f in (lambda p: True, lambda p: p.requires_grad))
     try: beside = {'coca_forward_gflops': counted(coca()[1]).get_total_flops() / BATCH / 1e9}
     except ImportError: beside = {}                                # open_clip is not installed
-    write('costs', out | beside | {'forward_gflops': total / BATCH / 1e9, 'step_gflops': 3 * total / BATCH / 1e9, 'parameters_m': every / 1e6, 'trained_parameters_m': trained / 1e6,
-                          'weights_gb': every * 4 / 2**30, 'gradients_and_moments_gb': trained * 12 / 2**30, 'tokens': TOKENS, 'batch': BATCH})
+    write('costs', out | beside | {'forward_gflops': total / BATCH / 1e9, 'step_gflops': 3 * total / BATCH / 1e9,
+                                   'parameters_m': every / 1e6, 'trained_parameters_m': trained / 1e6,
+                          'weights_gb': every * 4 / 2**30, 'gradients_and_moments_gb': trained * 12 / 2**30, 'tokens': TOKENS,
+                          'batch': BATCH})
 
 
 if __name__ == '__main__': main()

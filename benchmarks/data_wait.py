@@ -29,8 +29,10 @@ def main(studies: int, epochs: int) -> None:
                         yield b
                 return super()._train_step(measured(), sizes)
         with tempfile.TemporaryDirectory() as run:
-            history = Timed(GKMVLP(config, tokenizer), lambda m, b: m(b), part, replace(train, epochs=epochs, num_workers=workers, keep_best=False), Path(run), quiet=True).fit()
-        out[f'wait_percent_{workers}_workers'] = 100 * sum(list(waited.values())[1:]) / history['seconds'].iloc[1:].sum()     # the first epoch starts everything
+            history = Timed(GKMVLP(config, tokenizer), lambda m, b: m(b), part,
+                            replace(train, epochs=epochs, num_workers=workers, keep_best=False), Path(run), quiet=True).fit()
+        # the first epoch starts everything
+        out[f'wait_percent_{workers}_workers'] = 100 * sum(list(waited.values())[1:]) / history['seconds'].iloc[1:].sum()
         out[f'images_per_s_{workers}_workers'] = float(history['images_per_s'].iloc[1:].median())
     write('data_wait', out | {'studies': len(part), 'batch': train.batch_size, 'epochs': epochs})
 

@@ -1,7 +1,9 @@
 """Mean average precision of a test set of RSNA's size (5,337 images): ours beside pycocotools, which must give the same number.
 
-Ours starts from the table of detections, pycocotools from ready lists of dicts; it computes one area range and one limit of detections, which is the least it can do. Both thresholds' sets
-(`map_40_75` and COCO's) are computed. `resamples_per_s` is what the intervals need: the same metric for patients drawn anew, which pycocotools could give only by running again.
+Ours starts from the table of detections, pycocotools from ready lists of dicts; it computes one area range and one limit of detections,
+which is the least it can do. Both thresholds' sets
+(`map_40_75` and COCO's) are computed. `resamples_per_s` is what the intervals need: the same metric for patients drawn anew, which
+pycocotools could give only by running again.
 """
 import contextlib
 import io
@@ -52,9 +54,12 @@ def main() -> None:
         a, b = ours(frame), coco(*native)
         assert np.allclose(a, b, atol=1e-12), f'not the same: {a}, pycocotools {b}'
         w = patient_weights(d.patients, RESAMPLES)
-        t = in_turn({'ours': lambda: ours(frame), 'pycocotools': lambda: coco(*native), 'resamples': lambda: mean_ap(d, RSNA_IOU, w)}, ROUNDS)
-        result |= {f'ratio_to_pycocotools{tail}': t['pycocotools'] / t['ours'], f'ours_s{tail}': t['ours'], f'pycocotools_s{tail}': t['pycocotools'], f'map_40_75{tail}': a[0],
-                   f'largest_difference{tail}': float(np.abs(np.subtract(a, b)).max()), f'boxes{tail}': int((frame['kind'] != 'image').sum()), f'resamples_per_s{tail}': RESAMPLES / t['resamples']}
+        t = in_turn({'ours': lambda: ours(frame), 'pycocotools': lambda: coco(*native), 'resamples': lambda: mean_ap(d, RSNA_IOU, w)},
+                    ROUNDS)
+        result |= {f'ratio_to_pycocotools{tail}': t['pycocotools'] / t['ours'], f'ours_s{tail}': t['ours'],
+                   f'pycocotools_s{tail}': t['pycocotools'], f'map_40_75{tail}': a[0],
+                   f'largest_difference{tail}': float(np.abs(np.subtract(a, b)).max()),
+                   f'boxes{tail}': int((frame['kind'] != 'image').sum()), f'resamples_per_s{tail}': RESAMPLES / t['resamples']}
     write('detection_metrics', {**result, 'images': IMAGES})
 
 

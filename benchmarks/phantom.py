@@ -1,6 +1,7 @@
 """Studies a second of the phantom on one core: picture, boxes, relations, report and questions, at 128 and 512 pixels.
 
-`studies_per_s_*` is by the clock of the processor (time spent in this process), fastest of several rounds: that of a core that does nothing else, apart from caches and memory shared with others; `_wall` is by the clock on the
+`studies_per_s_*` is by the clock of the processor (time spent in this process), fastest of several rounds: that of a core that does
+nothing else, apart from caches and memory shared with others; `_wall` is by the clock on the
 wall, with whatever else the machine did (`load_average`).
 """
 import os
@@ -18,7 +19,8 @@ def measure(size: int) -> tuple[float, float]:
     for r in range(ROUNDS):                       # the same studies in every round
         cpu, wall = time.process_time(), time.perf_counter()
         for i in range(n): make_study(config, i)
-        best = [max(b, n / (clock() - start)) for b, clock, start in zip(best, (time.process_time, time.perf_counter), (cpu, wall), strict=True)]
+        best = [max(b, n / (clock() - start))
+                for b, clock, start in zip(best, (time.process_time, time.perf_counter), (cpu, wall), strict=True)]
         print(f'{size} px, round {r + 1}: {best[0]:.1f}/s', flush=True)
     return best[0], best[1]
 

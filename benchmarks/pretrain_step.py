@@ -1,8 +1,11 @@
 """One pre-training step at paper size on this machine: ours with and without GK, beside open_clip's CoCa.
 
-ViT-B/16 at 224 px, 12-layer report encoder, 6-layer image-report encoder, 6-layer decoder, 60 tokens, batch 4, forward, backward and optimizer. CoCa (ViT-B/16, 12 + 12 text layers)
-does ITC and LM only, which is less work. Each configuration runs in a process of its own (so that its peak memory is its own), the configurations in turn, in several rounds; the fastest step of
-all rounds counts, and the load averages of the machine are noted. All configurations run under the same allocator settings (`ALLOCATOR`). The detector's region features are given, as they are cached in training,
+ViT-B/16 at 224 px, 12-layer report encoder, 6-layer image-report encoder, 6-layer decoder, 60 tokens, batch 4, forward, backward and
+optimizer. CoCa (ViT-B/16, 12 + 12 text layers)
+does ITC and LM only, which is less work. Each configuration runs in a process of its own (so that its peak memory is its own), the
+configurations in turn, in several rounds; the fastest step of
+all rounds counts, and the load averages of the machine are noted. All configurations run under the same allocator settings
+(`ALLOCATOR`). The detector's region features are given, as they are cached in training,
 and the knowledge encoder is frozen, as `PAPER_SIZE` has it.
 """
 import json
@@ -15,7 +18,8 @@ from contextlib import nullcontext
 
 BATCH, TOKENS, STEPS, ROUNDS = 4, 60, 3, 2
 VOCAB = 31090                                     # of SciBERT
-ALLOCATOR = {'MALLOC_MMAP_THRESHOLD_': str(2**32), 'MALLOC_TRIM_THRESHOLD_': str(2**33)}   # glibc keeps freed memory: new pages cost a fifth of a step otherwise
+# glibc keeps freed memory: new pages cost a fifth of a step otherwise
+ALLOCATOR = {'MALLOC_MMAP_THRESHOLD_': str(2**32), 'MALLOC_TRIM_THRESHOLD_': str(2**33)}
 
 
 def tokenizer():
@@ -41,9 +45,12 @@ def ours(objective: str):
     g = torch.Generator().manual_seed(0)
     xy = torch.rand(BATCH, 29, 2, generator=g) * .5
     ids = torch.randint(10, VOCAB, (BATCH, TOKENS), generator=g); ids[:, 0], ids[:, -1] = tok.cls_token_id, tok.sep_token_id
-    batch = {'images': torch.randn(BATCH, 1, 224, 224, generator=g), 'input_ids': ids, 'attention_mask': torch.ones_like(ids), 'report_key': torch.arange(BATCH), 'study_key': torch.arange(BATCH),
-             'region_boxes': torch.cat([xy, xy + .3], -1), 'region_valid': torch.ones(BATCH, 29, dtype=torch.bool), 'region_features': torch.randn(BATCH, 29, config.detector_dim, generator=g),
-             'entities': torch.randint(-1, 2, (BATCH, len(ENTITIES)), generator=g).float(), 'relations': torch.zeros(BATCH, 29, len(ENTITIES))}
+    batch = {'images': torch.randn(BATCH, 1, 224, 224, generator=g), 'input_ids': ids, 'attention_mask': torch.ones_like(ids),
+             'report_key': torch.arange(BATCH), 'study_key': torch.arange(BATCH),
+             'region_boxes': torch.cat([xy, xy + .3], -1), 'region_valid': torch.ones(BATCH, 29, dtype=torch.bool),
+             'region_features': torch.randn(BATCH, 29, config.detector_dim, generator=g),
+             'entities': torch.randint(-1, 2, (BATCH, len(ENTITIES)), generator=g).float(),
+             'relations': torch.zeros(BATCH, 29, len(ENTITIES))}
     return model, lambda: model(batch)['loss']
 
 
@@ -76,10 +83,12 @@ def measure(name: str, bf16: bool) -> dict:
     for i in range(STEPS + 1):
         start = time.perf_counter()
         opt.zero_grad()
-        with attention_backend('cpu') if name != 'coca' else nullcontext(), torch.autocast('cpu', torch.bfloat16, enabled=bf16): loss = step()
+        with attention_backend('cpu') if name != 'coca' else nullcontext(), torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+            loss = step()
         loss.backward(); opt.step()
         if i: best = min(best, time.perf_counter() - start)
-    return {'seconds': best, 'peak_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 'parameters': sum(p.numel() for p in model.parameters())}
+    return {'seconds': best, 'peak_gb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            'parameters': sum(p.numel() for p in model.parameters())}
 
 
 def main() -> None:
@@ -87,22 +96,28 @@ def main() -> None:
     for r in range(ROUNDS):
         for bf16 in (True, False):
             for name in list(names):
-                p = subprocess.run([sys.executable, __file__, name, str(int(bf16))], capture_output=True, text=True, env={**os.environ, **ALLOCATOR})
+                p = subprocess.run([sys.executable, __file__, name, str(int(bf16))], capture_output=True, text=True,
+                                   env={**os.environ, **ALLOCATOR})
                 if p.returncode:
                     print(f'{name}: left out ({p.stderr.strip().splitlines()[-1]})', flush=True)
                     names.remove(name); continue
                 loads.append(os.getloadavg()[0])
                 m, key = json.loads(p.stdout.splitlines()[-1]), (name, bf16)
-                print(f'round {r + 1}: {name} {"bf16" if bf16 else "fp32"} {BATCH / m["seconds"]:.2f} images/s, {m["peak_gb"]:.1f} GB', flush=True)
+                print(f'round {r + 1}: {name} {"bf16" if bf16 else "fp32"} {BATCH / m["seconds"]:.2f} images/s, {m["peak_gb"]:.1f} GB',
+                      flush=True)
                 if key not in seen or m['seconds'] < seen[key]['seconds']: seen[key] = m
     from common import write
     out = {}
     for bf16, tail in ((True, ''), (False, '_fp32')):
         gk, base, other = (seen.get((n, bf16)) for n in ('gk', 'itc_itm_lm', 'coca'))
-        out |= {f'ours_images_per_s{tail}': BATCH / gk['seconds'], f'ours_without_gk_images_per_s{tail}': BATCH / base['seconds'], f'ours_peak_gb{tail}': gk['peak_gb'],
+        out |= {f'ours_images_per_s{tail}': BATCH / gk['seconds'], f'ours_without_gk_images_per_s{tail}': BATCH / base['seconds'],
+                f'ours_peak_gb{tail}': gk['peak_gb'],
                 f'gk_overhead_percent{tail}': 100 * (gk['seconds'] / base['seconds'] - 1)}
-        if other: out |= {f'coca_images_per_s{tail}': BATCH / other['seconds'], f'coca_peak_gb{tail}': other['peak_gb'], f'ratio_to_coca{tail}': other['seconds'] / gk['seconds']}
-    write('pretrain_step', out | {'parameters': seen['gk', True]['parameters'], 'load_average_low': min(loads), 'load_average_high': max(loads)})
+        if other:
+            out |= {f'coca_images_per_s{tail}': BATCH / other['seconds'], f'coca_peak_gb{tail}': other['peak_gb'],
+                    f'ratio_to_coca{tail}': other['seconds'] / gk['seconds']}
+    write('pretrain_step', out | {'parameters': seen['gk', True]['parameters'], 'load_average_low': min(loads),
+                                  'load_average_high': max(loads)})
 
 
 if __name__ == '__main__':

@@ -31,8 +31,11 @@ def fits(value, kind) -> bool:
     if kind in (int, float): return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
     return isinstance(value, kind)
 
-def type_name(kind) -> str: "How a type is written."; return getattr(kind, '__name__', str(kind)) if not typing.get_args(kind) else str(kind).replace('typing.', '')
+def type_name(kind) -> str:
+    "How a type is written."
+    return getattr(kind, '__name__', str(kind)) if not typing.get_args(kind) else str(kind).replace('typing.', '')
 
+# %% ../nbs/01_config.ipynb #818b3446
 def check_params(params: dict, # name: value
                  known: dict[str, object], # name: type
                  where: str # what the message names: a file, a section
@@ -41,9 +44,11 @@ def check_params(params: dict, # name: value
     for name, value in params.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
-            raise GKError(f'{where}: unknown parameter {name!r}', (f'Did you mean {near[0]!r}? ' if near else '') + f'Known: {", ".join(sorted(known))}.')
+            raise GKError(f'{where}: unknown parameter {name!r}',
+                          (f'Did you mean {near[0]!r}? ' if near else '') + f'Known: {", ".join(sorted(known))}.')
         if not fits(value, known[name]):
-            raise GKError(f'{where}: parameter {name!r} is {value!r} ({type(value).__name__}), not {type_name(known[name])}', f'Write it as {type_name(known[name])}.')
+            raise GKError(f'{where}: parameter {name!r} is {value!r} ({type(value).__name__}), not {type_name(known[name])}',
+                          f'Write it as {type_name(known[name])}.')
 
 def from_params(cls, # a dataclass
                 params: dict, where: str):
@@ -52,7 +57,8 @@ def from_params(cls, # a dataclass
     known = {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
     check_params(params, known, where)
     params = {k: tuple(v) if typing.get_origin(known[k]) is tuple and isinstance(v, list) else v for k, v in params.items()}
-    missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in params and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in params and f.default is dataclasses.MISSING
+               and f.default_factory is dataclasses.MISSING]
     if missing: raise GKError(f'{where}: parameter {missing[0]!r} is missing', f'Give it as {type_name(known[missing[0]])}.')
     return cls(**params)
 
@@ -70,13 +76,16 @@ class Preset:
     pretrain_dataset: str = 'phantom'
     pretrain_ratio: float = 100.                 # per cent of the training patients whose reports pre-train
     classification: tuple[str, ...] = ('phantom',) # data sets
-    classes: dict[str, list[str]] = dataclasses.field(default_factory=dict) # data set -> its labels that are classified; all where none are named
-    dataset_options: dict[str, dict] = dataclasses.field(default_factory=dict) # data set -> arguments of load_dataset: fractions of its splits, layout, ...
+    # data set -> its labels that are classified; all where none are named
+    classes: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    # data set -> arguments of load_dataset: fractions of its splits, layout, ...
+    dataset_options: dict[str, dict] = dataclasses.field(default_factory=dict)
     tasks: dict[str, list] = dataclasses.field(default_factory=dict) # zero_shot, localization, report_generation, vqa: data sets
     task_methods: tuple[str, ...] = ()           # methods in these tasks; empty = methods
     task_ratios: tuple[float, ...] = (100.,)     # per cent of the training patients, for tasks that train
     task_seeds: tuple[int, ...] = ()             # seeds of tasks that train; empty = seeds
-    task_finetune: dict[str, dict] = dataclasses.field(default_factory=dict) # task (or classification): TrainConfig fields that differ from finetune's
+    # task (or classification): TrainConfig fields that differ from finetune's
+    task_finetune: dict[str, dict] = dataclasses.field(default_factory=dict)
     localization: dict = dataclasses.field(default_factory=dict) # LocalizationConfig fields
     generation: dict = dataclasses.field(default_factory=dict)   # GenerationConfig fields
     methods: tuple[str, ...] = ('scratch', 'itc_itm_lm', 'gk')
@@ -84,7 +93,8 @@ class Preset:
     seeds: tuple[int, ...] = (0,)
     ablations: dict[str, dict] = dataclasses.field(default_factory=dict) # name: what differs from gk; the method is called gk-<name>
     sweeps: dict[str, dict] = dataclasses.field(default_factory=dict)    # factor: Sweep fields (one setting at several levels)
-    probing: dict = dataclasses.field(default_factory=dict)              # ProbeConfig fields; without them no checkpoint is probed, which ablations and sweeps need
+    # ProbeConfig fields; without them no checkpoint is probed, which ablations and sweeps need
+    probing: dict = dataclasses.field(default_factory=dict)
     needs: tuple[str, ...] = ()                  # folders that the data root must hold
     credentialed: bool = False                   # True: no picture, report or id may appear in an executed notebook
 
@@ -92,7 +102,8 @@ class Preset:
 def load_yaml(path: Path) -> dict:
     "A YAML mapping, loaded safely."
     try: d = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as err: raise GKError(f'{path}: not valid YAML ({" ".join(str(err).split())[:160]})', 'Correct the file.') from err
+    except yaml.YAMLError as err:
+        raise GKError(f'{path}: not valid YAML ({" ".join(str(err).split())[:160]})', 'Correct the file.') from err
     if not isinstance(d, dict): raise GKError(f'{path}: holds no mapping of names to values', 'Compare it with presets/smoke.yaml.')
     return d
 
@@ -102,8 +113,10 @@ def load_preset(name: str # a name in presets/, or the path of a YAML file
                 ) -> Preset:
     "The checked preset."
     path = Path(name) if name.endswith(('.yaml', '.yml')) else presets_dir()/f'{name}.yaml'
-    if not path.is_file(): raise GKError(f'preset {name!r}: no such preset', f'Use one of: {", ".join(preset_names())}; or give the path of a YAML file.')
-    return from_params(Preset, load_yaml(path), str(path.relative_to(presets_dir().parent) if path.is_relative_to(presets_dir().parent) else path))
+    if not path.is_file():
+        raise GKError(f'preset {name!r}: no such preset', f'Use one of: {", ".join(preset_names())}; or give the path of a YAML file.')
+    return from_params(Preset, load_yaml(path),
+                       str(path.relative_to(presets_dir().parent) if path.is_relative_to(presets_dir().parent) else path))
 
 def merge(base: dict, overrides: dict) -> dict:
     "`base` with `overrides` put over it, section by section."

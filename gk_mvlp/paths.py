@@ -28,7 +28,8 @@ class GKError(Exception):
 
 # %% ../nbs/00_paths.ipynb #d9bf7b39
 def project_root() -> Path:
-    "The compendium's folder: `GK_MVLP_ROOT`, or the first parent of the working directory or of this file with `settings.ini` and `presets/`."
+    """The compendium's folder: `GK_MVLP_ROOT`, or the first parent of the working directory or of this file with `settings.ini` and
+    `presets/`."""
     if env := os.environ.get('GK_MVLP_ROOT'): return Path(env).resolve()
     here = [Path.cwd()] + ([Path(__file__).resolve()] if '__file__' in globals() else [])
     for start in here:
@@ -42,7 +43,9 @@ def notebooks_dir() -> Path: "Notebooks, `<root>/nbs`."; return project_root()/'
 def _output_root() -> Path: return Path(os.environ['GK_MVLP_OUT']).resolve() if os.environ.get('GK_MVLP_OUT') else project_root()
 def runs_dir() -> Path: "Run folders, `<root>/runs` (`GK_MVLP_OUT` moves it)."; return _output_root()/'runs'
 def results_dir() -> Path: "Tables and figures, `<root>/paper_results` (`GK_MVLP_OUT` moves it)."; return _output_root()/'paper_results'
-def published_dir() -> Path: "Published figures with their sources, `<root>/paper_results/published`."; return project_root()/'paper_results'/'published'
+def published_dir() -> Path:
+    "Published figures with their sources, `<root>/paper_results/published`."
+    return project_root()/'paper_results'/'published'
 
 # %% ../nbs/00_paths.ipynb #b4a7a51d
 def data_root(path: str | os.PathLike | None, # folder laid out as in `README.md`, section 'Your own data'; `GK_MVLP_DATA` is the default
@@ -53,7 +56,9 @@ def data_root(path: str | os.PathLike | None, # folder laid out as in `README.md
     if not path: raise GKError('no data root given', 'Pass DATA=/path/to/data (make), data="..." (notebooks) or set GK_MVLP_DATA.')
     p = Path(path).expanduser()
     if not p.is_absolute(): p = (project_root()/p)
-    if not p.is_dir(): raise GKError(f'{path}: the data root does not exist or is not a folder', 'Pass DATA=<folder that holds covid_chestxray/, nih_chestxray14/, ...>.')
+    if not p.is_dir():
+        raise GKError(f'{path}: the data root does not exist or is not a folder',
+                      'Pass DATA=<folder that holds covid_chestxray/, nih_chestxray14/, ...>.')
     missing = [n for n in needs if not (p/n).is_dir()]
     if missing: raise GKError(f'{path}: the data root lacks {", ".join(missing)}', 'See "Your own data" in README.md for its layout.')
     return p.resolve()
@@ -88,7 +93,8 @@ def unpack_gzip(raw: bytes, path: Path) -> bytes:
     "The content of a .gz file, or a `GKError` if it is cut, damaged or absurdly large."
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(raw)) as f: out = f.read(_MAX_TEXT + 1)
-    except (OSError, EOFError, zlib.error) as err: raise GKError(f'{path}: not a whole gzip file ({err})', 'Copy or download it again.') from err
+    except (OSError, EOFError, zlib.error) as err:
+        raise GKError(f'{path}: not a whole gzip file ({err})', 'Copy or download it again.') from err
     if len(out) > _MAX_TEXT: raise GKError(f'{path}: unpacks to more than {_MAX_TEXT >> 20} MiB', 'Unpack it by hand if it is genuine.')
     return out
 

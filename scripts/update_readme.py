@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = ('constant', 'pixels', 'scratch', 'itc_itm_lm', 'itc_itm_lm_ecls', 'gk', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts')
 
 
-DETECTOR = {'region_iou': 'on held-out phantoms, mean IoU of the 29 regions', 'lung_iou': 'trained on phantoms alone, on real X-rays, mean IoU of the lungs'}
+DETECTOR = {'region_iou': 'on held-out phantoms, mean IoU of the 29 regions',
+            'lung_iou': 'trained on phantoms alone, on real X-rays, mean IoU of the lungs'}
 
 
 def detector_sentence(folder: Path, metric: str) -> str:
@@ -24,7 +25,9 @@ def detector_sentence(folder: Path, metric: str) -> str:
     t = pd.read_csv(folder/'tables/detector.csv')
     d = t[t['metric'] == metric].set_index('method')
     if not len(d): return ''
-    return f'Detector {DETECTOR[metric]}: {d.loc["detector", "mean"]:.3f} ({d.loc["detector", "low"]:.3f}-{d.loc["detector", "high"]:.3f}), constant box {d.loc["constant", "mean"]:.3f}, n = {d.loc["detector", "n"]}.'
+    return (f'Detector {DETECTOR[metric]}: {d.loc["detector", "mean"]:.3f} '
+            f'({d.loc["detector", "low"]:.3f}-{d.loc["detector", "high"]:.3f}), constant box {d.loc["constant", "mean"]:.3f}, n = '
+            f'{d.loc["detector", "n"]}.')
 
 
 TASKS = {'localization': 'localization', 'report_generation': 'reports', 'vqa': 'VQA'}
@@ -41,12 +44,15 @@ def task_lines(folder: Path) -> list[str]:
         for metric in HEADLINE[task]:
             own = t[(t['metric'] == metric) & ~t['method'].str.contains('-')]
             seeds |= set(own.loc[own['method'] != baseline, 'seeds'])
-            columns[f'{TASKS[task]}, {SHORT_NAMES.get(metric, metric)}'] = {'baseline' if r.method == baseline else r.method: f'{r.mean_:.3f} ({r.low:.3f}-{r.high:.3f})' + (f', {baseline}' if r.method == baseline else '')
+            columns[f'{TASKS[task]}, {SHORT_NAMES.get(metric, metric)}'] = {'baseline'
+                if r.method == baseline
+                else r.method: f'{r.mean_:.3f} ({r.low:.3f}-{r.high:.3f})' + (f', {baseline}' if r.method == baseline else '')
                                       for r in own.rename(columns={'mean': 'mean_'}).itertuples()}
     if not columns: return []
     wide = pd.DataFrame(columns)
     order = [m for m in ('baseline', *ORDER) if m in wide.index]
-    return [f'Fine-tuned with all labels, mean and 95 % interval over patients and {" or ".join(str(s) for s in sorted(seeds))} seed(s). `baseline`: what each task reaches without pre-training.', '', wide.loc[order].rename_axis('method').to_markdown(), '']
+    return [f'Fine-tuned with all labels, mean and 95 % interval over patients and {" or ".join(str(s) for s in sorted(seeds))} seed(s). '
+            '`baseline`: what each task reaches without pre-training.', '', wide.loc[order].rename_axis('method').to_markdown(), '']
 
 
 def study(folder: Path) -> list[str]:
@@ -56,7 +62,8 @@ def study(folder: Path) -> list[str]:
     table = table[table['metric'] == 'auroc']
     seconds = [r['seconds'] for r in manifest['runs'].values()]
     hardware = next(iter(manifest['runs'].values()))['hardware']
-    out = [f'### `{folder.name}`', '', f'{len(seconds)} runs, {sum(seconds) / 60:.0f} minutes of run time together on {hardware["cpus"]} cores'
+    out = [f'### `{folder.name}`', '',
+           f'{len(seconds)} runs, {sum(seconds) / 60:.0f} minutes of run time together on {hardware["cpus"]} cores'
            f'{" and " + hardware["gpu"] if hardware["gpu"] else ""} (two runs at a time).', '']
     t = table[(table['protocol'] == 'linear_probe') & table['method'].isin(METHODS)].copy()
     t['cell'] = [f'{m:.3f} ({a:.3f}-{b:.3f})' for m, a, b in zip(t['mean'], t['low'], t['high'])]
@@ -66,9 +73,11 @@ def study(folder: Path) -> list[str]:
     out += [f'Linear probe, AUROC, mean and 95 % interval over patients and {int(table["seeds"].max())} seed(s). {n}.', '',
             wide.loc[[m for m in METHODS if m in wide.index]].to_markdown(), '', *task_lines(folder)]
     report = (folder/'REPORT.md').read_text(encoding='utf-8')
-    out += [f'[Report]({folder.relative_to(ROOT)}/REPORT.md). ' + section(report, 'Did the models learn?').splitlines()[-1], '', section(report, 'In short'), '']
+    out += [f'[Report]({folder.relative_to(ROOT)}/REPORT.md). ' + section(report, 'Did the models learn?').splitlines()[-1], '',
+            section(report, 'In short'), '']
     out += [x for m in DETECTOR if (x := detector_sentence(folder, m))]
-    for name, says in (('low_data', 'AUROC against the share of labels, with intervals'), ('task_curves', 'Localization, reports and VQA against the share of labels, with intervals')):
+    for name, says in (('low_data', 'AUROC against the share of labels, with intervals'),
+                       ('task_curves', 'Localization, reports and VQA against the share of labels, with intervals')):
         if (folder/f'figures/{name}.png').is_file(): out += ['', f'![{says}]({folder.relative_to(ROOT)}/figures/{name}.png)']
     return [*out, '']
 
@@ -99,7 +108,8 @@ def claims_by_verdict(report: str) -> dict[str, list[str]]:
     for row in table.splitlines():
         claim, verdict, *_ = (x.strip() for x in row.strip('|').split('|'))
         kind = m[0] if (m := VERDICT.match(verdict)) else verdict
-        tests = re.sub(r'^\W*(in )?(?=\w)', '', verdict.removeprefix(kind)).replace(' (', '; ').rstrip(')')    # it will stand in brackets itself
+        # it will stand in brackets itself
+        tests = re.sub(r'^\W*(in )?(?=\w)', '', verdict.removeprefix(kind)).replace(' (', '; ').rstrip(')')
         out.setdefault(kind, []).append(claim + (f' ({tests})' if tests else ''))
     return out
 
@@ -109,7 +119,8 @@ def verdict_sentences(report: str) -> str:
     said = claims_by_verdict(report)
     quiet = {k: v for k, v in said.items() if k.startswith('no')}
     out = [f'{k.capitalize()}: {"; ".join(v)}.' for k, v in said.items() if k not in quiet]
-    return ' '.join([*out, *([f'{"The other claims" if out else "Claims"}: {", ".join(f"{len(v)} {k}" for k, v in quiet.items())}.'] if quiet else [])])
+    return ' '.join([*out, *([f'{"The other claims" if out else "Claims"}: {", ".join(f"{len(v)} {k}" for k, v in quiet.items())}.']
+                             if quiet else [])])
 
 
 ASKED = {'gk': 'on the features of GK-MVLP', 'gk-roi_pool': 'when the same checkpoint only pools its regions',
@@ -137,7 +148,8 @@ def in_words(folders: list[Path]) -> list[str]:
             f'- Beside its own controls `gk` is better in {better} and worse in {worse} of {len(c)} tests'
             + ('.' if better else ': no gain is credited to knowledge prompts or grounding.'),
             f'- {verdict_sentences(report)}',
-            *(f'- {link(f)}: {outdated(f) or gate_sentence(report_of(f)) + " " + verdict_sentences(report_of(f)) + " " + detector_sentence(f, "lung_iou")}'.rstrip() for f in others)]
+            *(f'- {link(f)}: '
+              f'{outdated(f) or gate_sentence(report_of(f)) + " " + verdict_sentences(report_of(f)) + " " + detector_sentence(f, "lung_iou")}'.rstrip() for f in others)]
 
 
 def transcript(folder: Path) -> list[str]:
@@ -157,7 +169,8 @@ def blocks() -> dict[str, list[str]]:
     "{name of the block: its lines}. The main study, the largest whose numbers stand, comes first and is the only one with tables."
     folders = [f for p in ('full', 'mini', 'sweeps', 'public') if ((f := ROOT/'paper_results'/p)/'manifest.json').is_file()]
     folders.sort(key=lambda f: bool(outdated(f)))
-    return {'transcript': transcript(ROOT/'paper_results'/'mini'), 'sentences': in_words(folders), 'results': [line for f in folders[:1] for line in study(f)]}
+    return {'transcript': transcript(ROOT/'paper_results'/'mini'), 'sentences': in_words(folders),
+            'results': [line for f in folders[:1] for line in study(f)]}
 
 
 def main() -> int:

@@ -1,4 +1,5 @@
-"The demo page: its parts against plain computations, and the whole of it in a real browser, with bad uploads, many at once, and nothing asked of any other machine."
+"""The demo page: its parts against plain computations, and the whole of it in a real browser, with bad uploads, many at once, and
+nothing asked of any other machine."""
 import os
 import re
 import socket
@@ -23,7 +24,8 @@ from gk_mvlp.models.gk_mvlp import GKMVLP, ModelConfig, prompt_book
 from gk_mvlp.paths import GKError
 
 PHANTOM = PhantomConfig(n=40, size=96)
-# Runs the command in a process that notes every name or address outside this machine that anything in it wants; the first entry shows that it notes.
+# Runs the command in a process that notes every name or address outside this machine that anything in it wants; the first entry shows that
+# it notes.
 GUARD = '''
 import ipaddress, os, socket, sys
 real, connect = socket.getaddrinfo, socket.socket.connect
@@ -56,7 +58,8 @@ def predictor():
     torch.manual_seed(1)
     config = ModelConfig(dim=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, vocab_size=500, max_length=24)
     tokenizer = train_tokenizer(prompt_book()[0] + [make_study(PHANTOM, i).report for i in range(5)], 500)
-    return Predictor(GKMVLP(config, tokenizer), RegionDetector(DetectorConfig(score_threshold=0.)), {'name': 'untrained <one>', 'preset': '', 'stuck': ['itc']})
+    return Predictor(GKMVLP(config, tokenizer), RegionDetector(DetectorConfig(score_threshold=0.)),
+                     {'name': 'untrained <one>', 'preset': '', 'stuck': ['itc']})
 
 
 def free_port():
@@ -73,7 +76,8 @@ def server(predictor, tmp_path_factory):
     (d/'pictures').mkdir(); png(d/'pictures'/'mine & yours.png', make_study(PHANTOM, 5).image)
     env = os.environ | {'GRADIO_TEMP_DIR': str(d/'uploads'), 'HF_HOME': str(d/'hub')}
     with open(d/'log', 'w') as log:
-        p = subprocess.Popen([sys.executable, '-c', GUARD, str(d/'outside'), 'demo', '--model', str(d/'model'), '--port', str(port), '--pictures', str(d/'pictures')], stdout=log, stderr=subprocess.STDOUT, env=env)
+        p = subprocess.Popen([sys.executable, '-c', GUARD, str(d/'outside'), 'demo', '--model', str(d/'model'), '--port', str(port),
+                              '--pictures', str(d/'pictures')], stdout=log, stderr=subprocess.STDOUT, env=env)
     try:
         for _ in range(600):
             if 'open http' in (d/'log').read_text() or p.poll() is not None: break
@@ -97,7 +101,8 @@ def browser(chromium):
 def visit(browser, url, width=1280):
     "A page that has its first result, and the list of requests that left this machine (filled as they come)."
     page, outside = browser.new_page(viewport={'width': width, 'height': 844}), []
-    page.on('request', lambda r: outside.append(r.url) if not r.url.startswith((url, url.replace('http', 'ws'), 'data:', 'blob:')) else None)
+    page.on('request', lambda r: outside.append(r.url)
+            if not r.url.startswith((url, url.replace('http', 'ws'), 'data:', 'blob:')) else None)
     page.on('pageerror', lambda e: outside.append(str(e)))
     page.goto(url)
     page.wait_for_selector('.gk-view[data-entity]', timeout=60_000)
@@ -139,20 +144,23 @@ def test_boxes_and_cells_are_the_prediction(predictor):
     assert len(rects) == p.regions['found'].sum() and svg.count('gk-truth"') == len(study.findings)
     cells = re.findall(r'title="([^",]+), ([^":]+): lift ([\d.]+)"', demo.heat_map_html(p))
     assert len(cells) == p.attention.size
-    for r, n, v in cells: assert np.isclose(float(v), p.attention.loc[r, '(null)' if n == 'no knowledge' else n] * p.attention.shape[1], atol=.006)
+    for r, n, v in cells:
+        assert np.isclose(float(v), p.attention.loc[r, '(null)' if n == 'no knowledge' else n] * p.attention.shape[1], atol=.006)
 
 
 def test_nothing_given_runs_as_markup(predictor):
     evil = '<img src=x onerror=alert(1)>'
     page = demo.Page(predictor, [])
     html, seen = page.show(make_study(PHANTOM, 3).image, 'all', evil)
-    assert evil not in html and evil not in demo.report_html(evil) and evil not in demo.error_html(evil) and evil not in page.ask(seen, f'Is there {evil}?')
+    assert (evil not in html and evil not in demo.report_html(evil) and evil not in demo.error_html(evil)
+            and evil not in page.ask(seen, f'Is there {evil}?'))
     assert 'untrained &lt;one&gt;' in html and 'did not learn ITC' in html
 
 
 def test_messages_instead_of_results(predictor, tmp_path):
     page = demo.Page(predictor, demo.samples(64))
-    for html, seen in (page.upload(None, 'all'), page.again(None, 'all'), page.show(tmp_path/'none.png', 'all', 'none.png')): assert 'That did not work' in html and seen is None and str(tmp_path) not in html
+    for html, seen in (page.upload(None, 'all'), page.again(None, 'all'), page.show(tmp_path/'none.png', 'all', 'none.png')):
+        assert 'That did not work' in html and seen is None and str(tmp_path) not in html
     assert 'no picture' in page.ask(None, 'Is there a mass?') and 'Write a question' in page.ask(page.pick(0, 'all')[1], '  ')
     assert 'none</b>' in page.again(page.pick(1, 'all')[1], 'none')[0]
     with pytest.raises(GKError, match='no such folder'): demo.samples(64, tmp_path/'none')
@@ -183,19 +191,24 @@ def test_a_visit(server, browser, predictor, tmp_path):
     lit, before = demo.light(p), page.screenshot()
     for name in ('pleural effusion', 'mass'):
         page.locator(f'.gk-scores button[data-entity="{name}"]').click()
-        shown = page.evaluate('Object.fromEntries([...document.querySelectorAll(".gk-box")].map(b => [b.dataset.region, +b.style.getPropertyValue("--l")]))')
+        shown = page.evaluate('Object.fromEntries([...document.querySelectorAll(".gk-box")].map(b => [b.dataset.region, '
+                              '+b.style.getPropertyValue("--l")]))')
         for r in lit.index: assert np.isclose(shown[r], lit.loc[r, name], atol=6e-4), (name, r)
-        assert set(page.evaluate('[...document.querySelectorAll(".gk-box.gk-strong")].map(b => b.dataset.region)')) == set(lit[name].nlargest(3).index)
-        assert page.locator('.gk-said').inner_text().startswith(f'{name}: strongest in {lit[name].idxmax()}') and page.locator('.gk-heat td.gk-on').count() == len(lit)
+        assert (set(page.evaluate('[...document.querySelectorAll(".gk-box.gk-strong")].map(b => b.dataset.region)'))
+                == set(lit[name].nlargest(3).index))
+        assert (page.locator('.gk-said').inner_text().startswith(f'{name}: strongest in {lit[name].idxmax()}')
+                and page.locator('.gk-heat td.gk-on').count() == len(lit))
     after = page.screenshot(path=tmp_path/'chosen.png')
     assert after != before
     page.locator('.gk-heat td[data-entity="nodule"][data-region="trachea"]').click()
-    assert page.locator('.gk-said').inner_text().startswith('trachea, nodule: lift') and page.locator('.gk-box.gk-chosen').get_attribute('data-region') == 'trachea'
+    assert (page.locator('.gk-said').inner_text().startswith('trachea, nodule: lift')
+            and page.locator('.gk-box.gk-chosen').get_attribute('data-region') == 'trachea')
     page.locator('.gk-all').click()
     assert page.locator('.gk-lit').count() == 0
     page.locator('#mode label', has_text='predicted').click()
     page.wait_for_selector('.gk-foot:has-text("prompts predicted")')
-    assert page.locator('.gk-heat thead button').count() == predictor.model.config.top_k and page.locator('.gk-scores button:disabled').count() == len(ENTITY_NAMES) - predictor.model.config.top_k
+    assert (page.locator('.gk-heat thead button').count() == predictor.model.config.top_k
+            and page.locator('.gk-scores button:disabled').count() == len(ENTITY_NAMES) - predictor.model.config.top_k)
     page.locator('#mode label', has_text='none').click()
     page.wait_for_selector('.gk-empty:has-text("only the null prompt")')
     page.locator('#question textarea').fill('Is there a pneumothorax?'); page.locator('#ask').click()
@@ -221,7 +234,8 @@ def test_phone(server, browser):
     page.close()
 
 
-BAD = {'notes.txt': 'not a JPEG, PNG', 'dot.png': 'too small', 'photo.jpg': 'in colour', 'cut.png': 'broken', 'huge.png': 'maximum allowed size'}
+BAD = {'notes.txt': 'not a JPEG, PNG', 'dot.png': 'too small', 'photo.jpg': 'in colour', 'cut.png': 'broken',
+       'huge.png': 'maximum allowed size'}
 
 
 def test_bad_uploads(server, browser, tmp_path):
@@ -266,7 +280,8 @@ def test_twenty_at_once(server, predictor, tmp_path):
     assert len(got) == 20 and len({w.report for w in want} | {str(w.entities['score'].round(3).tolist()) for w in want}) > 4
     for k, answer in enumerate(got):
         html, w = answer[0] if isinstance(answer, tuple) else answer, want[k % 4]
-        assert f'>{k % 4}.png<' in html and demo.report_html(w.report) in html and demo.picture_html(w).split('<figcaption')[0] in html and scores(html)
+        assert (f'>{k % 4}.png<' in html and demo.report_html(w.report) in html and demo.picture_html(w).split('<figcaption')[0] in html
+                and scores(html))
 
 
 def test_the_server_asked_no_other_machine(server):

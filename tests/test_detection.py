@@ -11,7 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from gk_mvlp.data.study import FindingBox, Study
-from gk_mvlp.evaluation.detection import (COCO_IOU, FROC_RATES, RSNA_IOU, class_ap, detection_frame, detection_metrics, filtered, froc, match, mean_ap, random_detections,
+from gk_mvlp.evaluation.detection import (COCO_IOU, FROC_RATES, RSNA_IOU, class_ap, detection_frame, detection_metrics, filtered, froc,
+                                          match, mean_ap, random_detections,
                                           read_detections)
 from gk_mvlp.evaluation.metrics import UndefinedMetric, box_iou
 from gk_mvlp.evaluation.statistics import patient_weights
@@ -25,12 +26,15 @@ def coco_precision(frame, thresholds):
     xywh = lambda r: [r.x0, r.y0, r.x1 - r.x0, r.y1 - r.y0]
     gt = COCO()
     gt.dataset = {'images': [{'id': i} for i in ids.values()], 'categories': [{'id': c} for c in names.values()],
-                  'annotations': [{'id': k + 1, 'image_id': ids[r.study_id], 'category_id': names[r.entity], 'bbox': xywh(r), 'area': 1., 'iscrowd': 0} for k, r in enumerate(frame[frame['kind'] == 'truth'].itertuples())]}
-    found = [{'image_id': ids[r.study_id], 'category_id': names[r.entity], 'bbox': xywh(r), 'score': r.score} for r in frame[(frame['kind'] == 'found') & frame['entity'].isin(names)].itertuples()]
+                  'annotations': [{'id': k + 1, 'image_id': ids[r.study_id], 'category_id': names[r.entity], 'bbox': xywh(r), 'area': 1.,
+                                   'iscrowd': 0} for k, r in enumerate(frame[frame['kind'] == 'truth'].itertuples())]}
+    found = [{'image_id': ids[r.study_id], 'category_id': names[r.entity], 'bbox': xywh(r), 'score': r.score}
+             for r in frame[(frame['kind'] == 'found') & frame['entity'].isin(names)].itertuples()]
     with contextlib.redirect_stdout(io.StringIO()):
         gt.createIndex()
         dt = gt.loadRes(found) if found else COCO()
-        if not found: dt.dataset = {'images': gt.dataset['images'], 'categories': gt.dataset['categories'], 'annotations': []}; dt.createIndex()
+        if not found:
+            dt.dataset = {'images': gt.dataset['images'], 'categories': gt.dataset['categories'], 'annotations': []}; dt.createIndex()
         e = COCOeval(gt, dt, 'bbox')
         e.params.iouThrs, e.params.areaRng, e.params.areaRngLbl, e.params.maxDets = np.asarray(thresholds), [[-1, 1e10]], ['all'], [100]
         e.evaluate(); e.accumulate()
@@ -73,7 +77,9 @@ def froc_by_hand(frame, rates, iou):
     for t in sorted(set(frame.loc[frame['kind'] == 'found', 'score'])):
         tp = fp = 0
         for s in images:
-            g = frame[(frame['study_id'] == s) & (frame['kind'] == 'truth')]; p = frame[(frame['study_id'] == s) & (frame['kind'] == 'found') & (frame['score'] >= t)].sort_values('score', ascending=False, kind='stable')
+            g = frame[(frame['study_id'] == s) & (frame['kind'] == 'truth')]
+            p = frame[(frame['study_id'] == s) & (frame['kind'] == 'found') & (frame['score'] >= t)].sort_values('score', ascending=False,
+                kind='stable')
             o, free = box_iou(box(p), box(g)), set(range(len(g)))
             for k in range(len(p)):
                 best = max(free, key=lambda j: o[k, j], default=None)
@@ -91,7 +97,8 @@ def test_froc_by_brute_force(seed):
 
 
 def rows(*items):
-    return pd.DataFrame([(k, s, s, 'test', e, c, *(b or [np.nan] * 4)) for k, s, e, c, b in items], columns=['kind', 'study_id', 'subject_id', 'split', 'entity', 'score', 'x0', 'y0', 'x1', 'y1'])
+    return pd.DataFrame([(k, s, s, 'test', e, c, *(b or [np.nan] * 4)) for k, s, e, c, b in items],
+                        columns=['kind', 'study_id', 'subject_id', 'split', 'entity', 'score', 'x0', 'y0', 'x1', 'y1'])
 
 
 BOX, FAR = (0, 0, .5, .5), (.6, .6, .9, .9)
@@ -127,7 +134,8 @@ def test_mgca_bug_boxes_do_not_shrink_when_read_again():
     for _ in range(3): detection_metrics(f); match(d, [.5])
     pd.testing.assert_frame_equal(f, before)
     s = Study('i', 'p', findings=[FindingBox('a', BOX)])
-    assert detection_frame([s], [(np.zeros((0, 4)), [], [])]).equals(detection_frame([s], [(np.zeros((0, 4)), [], [])])) and s.findings[0].box == BOX
+    assert (detection_frame([s], [(np.zeros((0, 4)), [], [])]).equals(detection_frame([s], [(np.zeros((0, 4)), [], [])]))
+            and s.findings[0].box == BOX)
 
 
 def test_the_table_of_studies():
@@ -138,8 +146,10 @@ def test_the_table_of_studies():
 
 
 @pytest.mark.parametrize('change, says', [
-    (lambda f: f[f['kind'] != 'image'], 'no images'), (lambda f: f.iloc[[0, *range(len(f))]], 'repeats'), (lambda f: f.assign(score=np.nan), 'NaN'), (lambda f: f.drop(columns='score'), "'score'"),
-    (lambda f: f[f['study_id'] != 'i'], 'no test image has a true box'), (lambda f: f.drop(index=0), 'not in the table'), (lambda f: f.assign(x1=np.where(f['kind'] == 'found', -1., f['x1'])), 'inverted'),
+    (lambda f: f[f['kind'] != 'image'], 'no images'), (lambda f: f.iloc[[0, *range(len(f))]], 'repeats'),
+    (lambda f: f.assign(score=np.nan), 'NaN'), (lambda f: f.drop(columns='score'), "'score'"),
+    (lambda f: f[f['study_id'] != 'i'], 'no test image has a true box'), (lambda f: f.drop(index=0), 'not in the table'),
+    (lambda f: f.assign(x1=np.where(f['kind'] == 'found', -1., f['x1'])), 'inverted'),
     (lambda f: f.assign(kind='gold'), 'kind'), (lambda f: f.assign(y0=np.where(f['kind'] == 'truth', np.nan, f['y0'])), 'not finite')])
 def test_bad_tables_are_refused(change, says):
     with pytest.raises(GKError, match=says): read_detections(change(rows(*BASE)))

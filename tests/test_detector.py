@@ -8,7 +8,8 @@ import torch
 
 from gk_mvlp.data.anatomy import NUM_REGIONS
 from gk_mvlp.data.images import to_float
-from gk_mvlp.models.detector import (DetectionSet, DetectorConfig, MedianBoxes, RegionDetector, detection_loss, move_boxes, paired_iou, region_metrics,
+from gk_mvlp.models.detector import (DetectionSet, DetectorConfig, MedianBoxes, RegionDetector, detection_loss, move_boxes, paired_iou,
+                                     region_metrics,
                                      stretch, train_detector, vary_build, vary_exposure)
 from gk_mvlp.paths import GKError
 from gk_mvlp.training.trainer import TrainConfig
@@ -27,7 +28,8 @@ def blobs(n, size=64, seed=0):
         w, h = rng.uniform(.4, .55, 2)
         images[i, int(y * size):int((y + h) * size), int(x * size):int((x + w) * size)] = 200
         boxes[i] = parts * [w, h, w, h] + [x, y, x, y]
-    return np.clip(images + rng.integers(0, 30, images.shape), 0, 255).astype(np.uint8), boxes.astype(np.float32), np.ones((n, NUM_REGIONS), bool)
+    return (np.clip(images + rng.integers(0, 30, images.shape), 0, 255).astype(np.uint8), boxes.astype(np.float32),
+            np.ones((n, NUM_REGIONS), bool))
 
 
 def batch(n=2, size=64):
@@ -44,7 +46,8 @@ def test_shapes_ranges_and_determinism(config):
     model.train()
     d = model.detect(b['images'])
     assert model.training, 'the mode is given back'
-    assert d['boxes'].shape == (3, 29, 4) and d['scores'].shape == d['valid'].shape == (3, 29) and d['features'].shape == (3, 29, config.feature_dim)
+    assert (d['boxes'].shape == (3, 29, 4) and d['scores'].shape == d['valid'].shape == (3, 29)
+            and d['features'].shape == (3, 29, config.feature_dim))
     assert d['valid'].dtype == torch.bool and not any(v.requires_grad for v in d.values())
     assert 0 <= d['boxes'].min() and d['boxes'].max() <= 1 and 0 <= d['scores'].min() and d['scores'].max() <= 1
     again = model.detect(b['images'])
@@ -66,7 +69,8 @@ def test_resnet50_faster_rcnn_trains_one_step():
     losses['loss'].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert model.detect(b['images'])['features'].shape == (2, 29, 2048)
-    assert sum('backbone' in n for n, _ in model.named_parameters()) == len(list(model.backbone.parameters())), 'the head must not hold a second backbone'
+    assert sum('backbone' in n for n, _ in model.named_parameters()) == len(list(model.backbone.parameters())), (
+        'the head must not hold a second backbone')
 
 
 @pytest.mark.parametrize('config', HEADS, ids=lambda c: f'{c.head}-{c.image_size}')
@@ -92,7 +96,8 @@ def test_invalid_regions_are_not_targets(config):
 def learnt(tmp_path_factory):
     train, val = blobs(48), blobs(16, seed=1)
     run = tmp_path_factory.mktemp('detector')
-    model = train_detector(*train, run, TrainConfig(epochs=14, batch_size=8, lr=3e-3, eval_every=2), DetectorConfig(feature_dim=32), val, strength=0., quiet=True)
+    model = train_detector(*train, run, TrainConfig(epochs=14, batch_size=8, lr=3e-3, eval_every=2), DetectorConfig(feature_dim=32), val,
+                           strength=0., quiet=True)
     return model, train, val, run
 
 
@@ -114,7 +119,8 @@ def test_score_is_the_expected_iou(learnt):
 def test_regions_never_seen_are_not_reported(tmp_path):
     images, boxes, valid = blobs(32)
     valid[:, 5] = False
-    model = train_detector(images, boxes, valid, tmp_path, TrainConfig(epochs=6, batch_size=8, lr=3e-3), DetectorConfig(feature_dim=32), strength=0., quiet=True)
+    model = train_detector(images, boxes, valid, tmp_path, TrainConfig(epochs=6, batch_size=8, lr=3e-3), DetectorConfig(feature_dim=32),
+                           strength=0., quiet=True)
     d = model.detect(to_float(torch.from_numpy(images)))
     assert not d['valid'][:, 5].any() and d['features'][:, 5].abs().max() == 0
     assert d['valid'][:, [0, 8, 24]].float().mean() > .9
@@ -178,12 +184,14 @@ def test_detection_set_augments_by_epoch_and_keeps_absent_regions():
     assert not data.__getitems__([2, 0, 5])['images'].equal(a['images'])
     assert not a['valid'][0, 4] and a['boxes'][0, 4].abs().max() == 0
     plain = DetectionSet(images, boxes, valid).__getitems__([2])
-    assert plain['images'].equal(to_float(torch.from_numpy(images[[2]]))) and torch.allclose(plain['boxes'][0, 0], torch.from_numpy(boxes[2, 0]))
+    assert (plain['images'].equal(to_float(torch.from_numpy(images[[2]])))
+            and torch.allclose(plain['boxes'][0, 0], torch.from_numpy(boxes[2, 0])))
     with pytest.raises(GKError, match='6 pictures, 5 boxes'): DetectionSet(images, boxes[:5], valid)
 
 
 def test_boxes_follow_the_picture_into_another_build():
-    boxes = torch.zeros(5, 29, 4); boxes[:, 0] = torch.tensor([.15, .2, .42, .8]); boxes[:, 8] = torch.tensor([.58, .25, .85, .75]); boxes[4, 8] = 0
+    boxes = torch.zeros(5, 29, 4); boxes[:, 0] = torch.tensor([.15, .2, .42, .8]); boxes[:, 8] = torch.tensor([.58, .25, .85, .75])
+    boxes[4, 8] = 0
     x = torch.full((5, 1, 256, 256), -1.)
     for r in (0, 8):
         x0, y0, x1, y1 = (boxes[0, r] * 256).round().int().tolist(); x[:, :, y0:y1, x0:x1] = 1.
@@ -191,7 +199,8 @@ def test_boxes_follow_the_picture_into_another_build():
     for i in range(4):
         for r in (0, 8):
             assert not torch.allclose(moved[i, r], boxes[i, r], atol=.01)
-            half = slice(0, 256), slice(0, int(128 * (moved[i, 0, 2] + moved[i, 8, 0]))) if r == 0 else slice(int(128 * (moved[i, 0, 2] + moved[i, 8, 0])), 256)
+            half = slice(0, 256), slice(0, int(128 * (moved[i, 0, 2] + moved[i, 8, 0]))) if r == 0 else slice(int(128 * (moved[i, 0, 2]
+                + moved[i, 8, 0])), 256)
             ys, xs = (y[i, 0][half] > 0).nonzero().unbind(1)
             seen = torch.stack([xs.min() + half[1].start, ys.min(), xs.max() + 1 + half[1].start, ys.max() + 1]) / 256
             torch.testing.assert_close(seen, moved[i, r], atol=.015, rtol=0)        # a pixel on the edge is stretched with the wall
@@ -257,7 +266,8 @@ def test_median_boxes_ignore_absent_regions():
 
 
 def test_bad_input(tmp_path):
-    for bad in ({'backbone': 'vgg'}, {'head': 'yolo'}, {'image_size': 50}, {'feature_dim': 30}, {'score_threshold': 1.}, {'backbone': 'resnet50', 'feature_dim': 64}):
+    for bad in ({'backbone': 'vgg'}, {'head': 'yolo'}, {'image_size': 50}, {'feature_dim': 30}, {'score_threshold': 1.},
+                {'backbone': 'resnet50', 'feature_dim': 64}):
         with pytest.raises(GKError, match='DetectorConfig'): DetectorConfig(**bad)
     model = RegionDetector(DetectorConfig())
     for bad in (torch.zeros(2, 3, 64, 64), torch.zeros(2, 1, 32, 32), torch.zeros(2, 1, 64, 64, dtype=torch.uint8), torch.zeros(1, 64, 64)):

@@ -53,7 +53,8 @@ def worker(path):
 @pytest.mark.skipif(not dist.is_gloo_available(), reason='this PyTorch has no gloo')
 def test_itc_over_two_processes_equals_one_of_twice_the_batch(tmp_path):
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    procs = [subprocess.Popen([sys.executable, __file__, str(tmp_path)], env={**env, 'RANK': str(r)}, stderr=subprocess.PIPE) for r in range(WORLD)]
+    procs = [subprocess.Popen([sys.executable, __file__, str(tmp_path)], env={**env, 'RANK': str(r)}, stderr=subprocess.PIPE)
+             for r in range(WORLD)]
     for p in procs:
         err = p.communicate(timeout=120)[1]
         assert p.returncode == 0, err.decode()[-2000:]
@@ -86,8 +87,10 @@ class Pairs(torch.utils.data.Dataset):
         enc, xy = tok(texts, padding=True, return_tensors='pt'), torch.rand(n, 29, 2, generator=g) * .5
         entities = torch.randint(-1, 2, (n, len(ENTITIES)), generator=g).float()
         entities[::3] = -1.                                       # normal studies: more of them in one half than in the other
-        self.fields = {'images': torch.randn(n, 1, 32, 32, generator=g), **{k: enc[k] for k in ('input_ids', 'attention_mask')}, 'report_key': torch.arange(n), 'study_key': torch.arange(n),
-                       'region_boxes': torch.cat([xy, xy + .3], -1), 'region_valid': torch.rand(n, 29, generator=g) < .8, 'region_features': torch.randn(n, 29, 8, generator=g), 'entities': entities}
+        self.fields = {'images': torch.randn(n, 1, 32, 32, generator=g), **{k: enc[k] for k in ('input_ids', 'attention_mask')},
+                       'report_key': torch.arange(n), 'study_key': torch.arange(n),
+                       'region_boxes': torch.cat([xy, xy + .3], -1), 'region_valid': torch.rand(n, 29, generator=g) < .8,
+                       'region_features': torch.randn(n, 29, 8, generator=g), 'entities': entities}
     def __len__(self): return len(self.fields['images'])
     def __getitems__(self, i): return {k: v[i] for k, v in self.fields.items()}
 
@@ -99,14 +102,16 @@ class Cut(Exception): "A power cut."
 
 
 def train(path, queue=0, shard=False, cut=0):
-    """Three epochs of the whole model on Pairs through the trainer: the weights after it, the history, the trainer. With `cut` a first attempt ends at that step, and the second resumes.
+    """Three epochs of the whole model on Pairs through the trainer: the weights after it, the history, the trainer. With `cut` a first
+    attempt ends at that step, and the second resumes.
 
     Without a queue, which cannot be sharded, the decoder shares its words with the report encoder."""
     gk_mvlp.models.gk_mvlp.hard_negatives = neighbours
     tok = train_tokenizer(prompt_book()[0], vocab_size=400)
     torch.manual_seed(0)
     calls = 0
-    model = GKMVLP(ModelConfig(dim=32, image_size=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=16, detector_dim=8, heads=2, dropout=0., train_prompts='predicted', queue=queue, tie_embeddings=not queue), tok)
+    model = GKMVLP(ModelConfig(dim=32, image_size=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=16,
+                               detector_dim=8, heads=2, dropout=0., train_prompts='predicted', queue=queue, tie_embeddings=not queue), tok)
     config = TrainConfig(epochs=3, batch_size=WORLD * HALF, lr=1e-3, keep_best=False, shard=shard, checkpoint_every=1)
     def loss(m, b):
         nonlocal calls
@@ -114,7 +119,8 @@ def train(path, queue=0, shard=False, cut=0):
         if calls == cut: raise Cut
         return m(b)
     some = Pairs(tok).__getitems__(list(range(HALF)))
-    trainer = Trainer(model, loss, Pairs(tok), config, path, evaluate=lambda m: {'val_features': float(m.features(some, 'gk').mean())}, quiet=True)
+    trainer = Trainer(model, loss, Pairs(tok), config, path, evaluate=lambda m: {'val_features': float(m.features(some, 'gk').mean())},
+                      quiet=True)
     if cut:
         with pytest.raises(Cut): trainer.fit()
     history = trainer.fit()
@@ -135,7 +141,9 @@ def shard_worker(path):
     weights, history, trainer = train(f'{path}/run', shard=True)
     own = sum(p.to_local().numel() for p in trainer.wrapped.parameters())
     again, resumed, _ = train(f'{path}/cut', shard=True, cut=4)
-    torch.save({'weights': weights, 'again': again, 'own': own, 'features': history['val_features'].tolist(), 'same_history': bool(dist.get_rank()) or resumed['loss'].tolist() == history['loss'].tolist()}, f'{path}/out{os.environ["RANK"]}.pt')
+    torch.save({'weights': weights, 'again': again, 'own': own, 'features': history['val_features'].tolist(),
+                'same_history': bool(dist.get_rank()) or resumed['loss'].tolist() == history['loss'].tolist()},
+               f'{path}/out{os.environ["RANK"]}.pt')
     dist.destroy_process_group()
 
 
@@ -144,8 +152,10 @@ def in_two_processes(path, job):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': str(WORLD), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''}
-    procs = [subprocess.Popen([sys.executable, __file__, str(path), job], env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(WORLD)]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': str(WORLD), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port),
+           'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': ''}
+    procs = [subprocess.Popen([sys.executable, __file__, str(path), job], env={**env, 'RANK': str(r), 'LOCAL_RANK': str(r)},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for r in range(WORLD)]
     for p in procs:
         said = p.communicate(timeout=240)[0]
         assert p.returncode == 0, said.decode()[-3000:]
@@ -167,7 +177,9 @@ def test_training_the_whole_model_in_two_processes_equals_one_with_twice_the_bat
     for r in range(WORLD):
         other = torch.load(tmp_path/f'weights{r}.pt', weights_only=True)
         assert set(other) == set(weights)
-        for k in weights: assert torch.allclose(other[k].float(), weights[k].float(), atol=2e-4), (k, float((other[k].float() - weights[k].float()).abs().max()))
+        for k in weights:
+            assert torch.allclose(other[k].float(), weights[k].float(), atol=2e-4), (k,
+                float((other[k].float() - weights[k].float()).abs().max()))
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason='this PyTorch has no gloo')
@@ -176,7 +188,9 @@ def test_sharded_training_equals_one_process_and_resumes_to_the_bit(tmp_path):
     weights, history, trainer = alone(tmp_path)
     for r in range(WORLD):
         out = torch.load(tmp_path/f'out{r}.pt', weights_only=True)
-        for k in weights: assert torch.allclose(out['weights'][k].float(), weights[k].float(), atol=1e-5), (k, float((out['weights'][k].float() - weights[k].float()).abs().max()))
+        for k in weights:
+            assert torch.allclose(out['weights'][k].float(), weights[k].float(), atol=1e-5), (k,
+                float((out['weights'][k].float() - weights[k].float()).abs().max()))
         assert all(torch.equal(out['again'][k], v) for k, v in out['weights'].items()) and out['same_history'], 'resumed'
         assert out['features'] == pytest.approx(history['val_features'].tolist(), abs=1e-5), 'evaluations see whole, current weights'
         assert out['own'] < .55 * sum(p.numel() for p in trainer.model.parameters()), 'each process holds its half'

@@ -1,4 +1,5 @@
-"The guides in the repository, and the site: built once, every page and public name is there, every link leads somewhere, nothing is fetched from elsewhere."
+"""The guides in the repository, and the site: built once, every page and public name is there, every link leads somewhere, nothing is
+fetched from elsewhere."""
 import importlib
 import json
 import re
@@ -14,7 +15,8 @@ import yaml
 from gk_mvlp.data.phantom import PhantomConfig
 
 
-GUIDES = ('README.md', 'CONTRIBUTING.md', 'benchmarks/README.md', *sorted(f'docs/{p.name}' for p in (Path(__file__).resolve().parents[1]/'docs').glob('*.md')))
+GUIDES = ('README.md', 'CONTRIBUTING.md', 'benchmarks/README.md',
+          *sorted(f'docs/{p.name}' for p in (Path(__file__).resolve().parents[1]/'docs').glob('*.md')))
 
 
 def headings(text: str) -> set[str]:
@@ -41,12 +43,15 @@ def test_commands_are_those_that_make_install_makes(root, name):
     assert not (bare := re.findall(r'^\s*((?:gk-mvlp|pytest|nbdev_\w+) .*)', shell, re.MULTILINE)), f'{name}: .venv/bin/ is missing: {bare}'
     targets = set(re.findall(r'^(\w+):', (root/'Makefile').read_text(encoding='utf-8'), re.MULTILINE))
     assert set(re.findall(r'^\s*make (\w+)', shell, re.MULTILINE)) <= targets, name
-    for nb in re.findall(r'nbs/experiments/\w+\.ipynb', shell): assert (root/nb).is_file() or name == 'docs/add_a_task.md' and '79_triage' in nb, f'{name}: {nb}'
+    for nb in re.findall(r'nbs/experiments/\w+\.ipynb', shell):
+        assert (root/nb).is_file() or name == 'docs/add_a_task.md' and '79_triage' in nb, f'{name}: {nb}'
 
 
 def test_add_a_task_names_what_is_there(root):
-    for path, row in re.findall(r'^\| \d \| \[\w+\]\(\.\./(\S+?)\) \| (.*) \|$', (root/'docs/add_a_task.md').read_text(encoding='utf-8'), re.MULTILINE):
-        code = ''.join(''.join(c['source']) for c in json.loads((root/path).read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code')
+    for path, row in re.findall(r'^\| \d \| \[\w+\]\(\.\./(\S+?)\) \| (.*) \|$', (root/'docs/add_a_task.md').read_text(encoding='utf-8'),
+                                re.MULTILINE):
+        code = ''.join(''.join(c['source']) for c in json.loads((root/path).read_text(encoding='utf-8'))['cells']
+                       if c['cell_type'] == 'code')
         names = [n for n in re.findall(r'`(\w+)`', row) if n.isupper() or n in ('task_values', 'run_metrics')]
         assert names and all(re.search(rf'^(def )?{n}\b', code, re.MULTILINE) for n in names), (path, names)
 
@@ -83,7 +88,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope='module')
 def site(root, tmp_path_factory):
     out = tmp_path_factory.mktemp('docs')
-    r = subprocess.run([sys.executable, str(root/'scripts/build_docs.py'), '--out', str(out/'site'), '--pages', str(out/'pages')], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, str(root/'scripts/build_docs.py'), '--out', str(out/'site'), '--pages', str(out/'pages')],
+                       capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr
     return out/'site'
 
@@ -118,7 +124,8 @@ def test_links_lead_somewhere(pages):
             target = (path.parent/unquote(url.path)).resolve() if url.path else path.resolve()
             if target.is_dir(): target = target/'index.html'
             if not target.is_file(): broken.append(f'{path.name}: {link}')
-            elif url.fragment and target in pages and unquote(url.fragment) not in pages[target].ids | {'__top'}: broken.append(f'{path.name}: {link} (no such anchor)')
+            elif url.fragment and target in pages and unquote(url.fragment) not in pages[target].ids | {'__top'}:
+                broken.append(f'{path.name}: {link} (no such anchor)')
     assert not broken, broken[:10]
     assert outside, 'the paper, at least'
 
@@ -158,13 +165,15 @@ def test_in_a_browser(site, chromium):
         for width in (1280, 390):
             page, asked, errors = browser.new_page(viewport={'width': width, 'height': 844}), [], []
             page.on('request', lambda r: asked.append(r.url)); page.on('pageerror', lambda e: errors.append(str(e)))
-            for name in ('index.html', 'models/22_gk_module.html', 'api/models.gk_mvlp.html', 'tutorials/03_first_prediction.html', 'results/published.html'):
+            for name in ('index.html', 'models/22_gk_module.html', 'api/models.gk_mvlp.html', 'tutorials/03_first_prediction.html',
+                         'results/published.html'):
                 page.goto((site/name).as_uri())
                 assert page.evaluate('document.documentElement.scrollWidth - innerWidth') <= 0, f'{name} is wider than {width} pixels'
                 assert page.locator('h1').first.is_visible()
                 sizes = page.evaluate('[...document.querySelectorAll("article img")].map(i => i.naturalWidth)')
                 assert all(sizes), f'{name}: a picture is missing'
             page.goto((site/'models/22_gk_module.html').as_uri())
-            assert max(page.evaluate('[...document.querySelectorAll("math")].map(m => m.getBoundingClientRect().height)')) > 20, 'formulas are drawn'
+            assert max(page.evaluate('[...document.querySelectorAll("math")].map(m => m.getBoundingClientRect().height)')) > 20, (
+                'formulas are drawn')
             assert not [u for u in asked if not u.startswith(('file:', 'data:'))] and not errors
         browser.close()

@@ -1,4 +1,5 @@
-"A frozen knowledge encoder is a table of first tokens: equal to encoding anew, made once, constant, saved, and without the encoder's weights."
+"""A frozen knowledge encoder is a table of first tokens: equal to encoding anew, made once, constant, saved, and without the encoder's
+weights."""
 import copy
 
 import pytest
@@ -78,7 +79,8 @@ def test_table_stays_while_the_report_encoder_is_trained_and_is_saved(tok, batch
     opt = torch.optim.AdamW(parameter_groups(model, TrainConfig(epochs=1, batch_size=2, lr=1e-2)))
     for _ in range(2): opt.zero_grad(); model(batch)['loss'].backward(); opt.step()
     assert torch.allclose(model.prompt_table, want, atol=1e-5)
-    assert not torch.allclose(anew(model.report_encoder, model.prompt_ids, model.prompt_mask), want, atol=1e-3), 'the report encoder has moved on'
+    assert not torch.allclose(anew(model.report_encoder, model.prompt_ids, model.prompt_mask), want, atol=1e-3), (
+        'the report encoder has moved on')
     again = GKMVLP.from_pretrained(model.save_pretrained(tmp_path))
     assert torch.equal(again.prompt_table, model.prompt_table) and torch.equal(again.entity_table, model.entity_table)
     with torch.no_grad(): assert torch.equal(again.features(batch, 'gk'), model.eval().features(batch, 'gk'))
@@ -99,7 +101,8 @@ def test_ecls_without_gk_and_shuffled_prompts_with_a_frozen_encoder(tok, batch):
     model = make(tok, freeze_knowledge=True).eval()
     with torch.no_grad():
         a = model.features(batch, 'gk_shuffled')
-        assert torch.allclose(a, trained_twin(model).eval().features(batch, 'gk_shuffled'), atol=1e-5) and not torch.allclose(a, model.features(batch, 'gk'))
+        assert (torch.allclose(a, trained_twin(model).eval().features(batch, 'gk_shuffled'), atol=1e-5)
+                and not torch.allclose(a, model.features(batch, 'gk')))
 
 
 @pytest.mark.parametrize('frozen_knowledge', [False, True])
@@ -125,5 +128,7 @@ def test_four_or_thirty_two_prompts_cost_the_same_encoding(tok):  # noqa: F811
     for P in (4, 32):
         numbers = torch.randint(0, book, (1, P)).expand(16, P)      # 16 samples of the same P prompts
         v = torch.randn(16, 65, 32)
-        seen.clear(); model.ground(v, {'region_boxes': torch.rand(16, 29, 4), 'region_valid': torch.ones(16, 29, dtype=torch.bool), 'region_features': torch.randn(16, 29, 8), 'oracle_prompts': numbers}, 'oracle')
+        seen.clear()
+        model.ground(v, {'region_boxes': torch.rand(16, 29, 4), 'region_valid': torch.ones(16, 29, dtype=torch.bool),
+                         'region_features': torch.randn(16, 29, 8), 'oracle_prompts': numbers}, 'oracle')
         assert seen == [E, len(numbers.unique())]

@@ -17,7 +17,8 @@ from gk_mvlp.training.batches import StudySet
 
 
 def frame(maps, boxes, labels=None):
-    return pd.DataFrame({'study_id': [f's{i}' for i in range(len(maps))], 'subject_id': [f'p{i}' for i in range(len(maps))], 'split': 'test', 'label': labels or ['a'] * len(maps),
+    return pd.DataFrame({'study_id': [f's{i}' for i in range(len(maps))], 'subject_id': [f'p{i}' for i in range(len(maps))],
+                         'split': 'test', 'label': labels or ['a'] * len(maps),
                          'map': [np.ravel(m).tolist() for m in maps], 'boxes': [np.ravel(b).tolist() for b in boxes]})
 
 
@@ -32,7 +33,8 @@ def test_map_values_by_brute_force():
         assert v['pointing'][i] == a[np.unravel_index(m.argmax(), m.shape)]
         assert v['cnr'][i] == pytest.approx((m[a].mean() - m[~a].mean()) / np.sqrt(m[a].var() + m[~a].var()))
         found = np.zeros(1600, bool); found[np.argsort(m.ravel())[-400:]] = True; found = found.reshape(40, 40)
-        assert v['iou'][i] == pytest.approx((found & a).sum() / (found | a).sum(), abs=.01) and v['dice'][i] == pytest.approx(2 * v['iou'][i] / (1 + v['iou'][i]))
+        assert (v['iou'][i] == pytest.approx((found & a).sum() / (found | a).sum(), abs=.01)
+                and v['dice'][i] == pytest.approx(2 * v['iou'][i] / (1 + v['iou'][i])))
 
 
 def test_a_constant_map_is_chance_and_an_inverted_map_is_below_it():
@@ -49,18 +51,21 @@ def test_a_box_smaller_than_a_pixel_has_one():
 
 def test_the_share_is_chosen_on_validation():
     "The area that the boxes of validation have."
-    box = [np.array([[.0, .0, .32 ** .5, .32 ** .5]])] * 5; maps = [F.avg_pool2d(torch.from_numpy(G.box_masks(b_, 32)[:1]).double(), 4)[0].numpy() for b_ in [[b] for b in box]]
+    box = [np.array([[.0, .0, .32 ** .5, .32 ** .5]])] * 5
+    maps = [F.avg_pool2d(torch.from_numpy(G.box_masks(b_, 32)[:1]).double(), 4)[0].numpy() for b_ in [[b] for b in box]]
     assert G.choose_share(frame(maps, box)) == .3
 
 
 def test_a_resample_is_the_metric_of_the_repeated_findings():
-    rng = np.random.default_rng(1); f = frame(rng.random((10, 4, 4)), [np.array([[.1, .2, .6, .7]])] * 10); w = patient_weights(f['subject_id'], 5); boot = G.map_metrics(f, .2, w)
+    rng = np.random.default_rng(1); f = frame(rng.random((10, 4, 4)), [np.array([[.1, .2, .6, .7]])] * 10)
+    w = patient_weights(f['subject_id'], 5); boot = G.map_metrics(f, .2, w)
     for b in range(5):
         i = np.repeat(np.arange(10), w[b].astype(int)); again = G.map_metrics(f.iloc[i].assign(study_id=range(len(i))), .2)
         assert all(boot[m][b] == pytest.approx(again[m][0]) for m in G.MAP_METRICS)
 
 
-@pytest.mark.parametrize('change, says', [(lambda f: f[:0], 'no finding'), (lambda f: f.iloc[[0, 0]], 'two maps'), (lambda f: f.assign(map=[[np.nan] * 16] * len(f)), 'NaN')])
+@pytest.mark.parametrize('change, says', [(lambda f: f[:0], 'no finding'), (lambda f: f.iloc[[0, 0]], 'two maps'),
+                                          (lambda f: f.assign(map=[[np.nan] * 16] * len(f)), 'NaN')])
 def test_bad_maps_are_refused(change, says):
     with pytest.raises(GKError, match=says): G.map_values(change(frame(np.ones((2, 4, 4)), [np.array([[.1, .1, .5, .5]])] * 2)), .2)
 
@@ -68,14 +73,16 @@ def test_bad_maps_are_refused(change, says):
 def test_share_and_priors_are_checked():
     with pytest.raises(GKError, match='share'): G.map_values(frame(np.ones((1, 4, 4)), [np.array([[.1, .1, .5, .5]])]), 0.)
     with pytest.raises(GKError, match='prior'): G.prior_maps('middle', ['a'], 4, 1)
-    m = G.prior_maps('train_prior', ['a', 'b'], 4, 3, [{'a': np.array([[0, 0, .5, 1]])}]); assert m.shape == (3, 2, 4, 4) and (m[0, 0, :, :2] == 1).all() and (m[0, 0, :, 2:] == 0).all() and (m[0, 1] == 1).all()
+    m = G.prior_maps('train_prior', ['a', 'b'], 4, 3, [{'a': np.array([[0, 0, .5, 1]])}])
+    assert m.shape == (3, 2, 4, 4) and (m[0, 0, :, :2] == 1).all() and (m[0, 0, :, 2:] == 0).all() and (m[0, 1] == 1).all()
 
 
 @pytest.fixture(scope='module')
 def world():
     studies = load_dataset('phantom', n=24, size=64)
     torch.manual_seed(0)
-    model = GKMVLP(ModelConfig(dim=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=16, vocab_size=400, max_length=40, region_source='vit'), train_tokenizer(prompt_book()[0], 400))
+    model = GKMVLP(ModelConfig(dim=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=16, vocab_size=400,
+                               max_length=40, region_source='vit'), train_tokenizer(prompt_book()[0], 400))
     return studies, StudySet(studies, None, 64), model.eval()
 
 
@@ -101,7 +108,8 @@ def test_a_picture_that_lies_on_the_sentence_scores_highest(world, monkeypatch):
     gap = float(model.logit_scale.exp().detach() * (1 - t[0] @ t[1]))
     for k, sign in ((0, 1), (1, -1)):
         monkeypatch.setitem(model._modules, 'image_proj', On(t[k]))
-        assert np.allclose(Z.itc_scores(model, data, ['mass'], ['statement']), torch.sigmoid(torch.tensor(sign * gap)), atol=1e-4) and gap > 0
+        assert (np.allclose(Z.itc_scores(model, data, ['mass'], ['statement']), torch.sigmoid(torch.tensor(sign * gap)), atol=1e-4)
+                and gap > 0)
 
 
 def test_maps_have_the_grid_and_follow_the_patches(world):
@@ -119,7 +127,8 @@ def test_zero_shot_refuses(world):
     with pytest.raises(GKError, match='no entity'): Z.ecls_scores(model, data, ['any_finding'])
     assert len({Z.class_prompts('any_finding', k) for k in Z.PROMPT_SETS}) == len(Z.PROMPT_SETS), 'an ensemble needs different wordings'
     assert Z.class_prompts('Infiltration', 'statement')[0] == 'There is lung opacity.'
-    plain = GKMVLP(ModelConfig(objective='itc', dim=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, vocab_size=400, max_length=40), model.tokenizer)
+    plain = GKMVLP(ModelConfig(objective='itc', dim=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, vocab_size=400,
+                               max_length=40), model.tokenizer)
     with pytest.raises(GKError, match='entity scores'): Z.ecls_scores(plain, data, ['mass'])
     with pytest.raises(GKError, match='no attention from prompts'): Z.attention_maps(plain, data, ['mass'])
 

@@ -28,7 +28,9 @@ def encoded(x, fmt, **kw):
 
 def png_chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
 
-def png_header_only(w, h): return b'\x89PNG\r\n\x1a\n' + png_chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 0, 0, 0, 0)) + png_chunk(b'IDAT', zlib.compress(b'\0')) + png_chunk(b'IEND', b'')
+def png_header_only(w, h):
+    return (b'\x89PNG\r\n\x1a\n' + png_chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 0, 0, 0, 0))
+            + png_chunk(b'IDAT', zlib.compress(b'\0')) + png_chunk(b'IEND', b''))
 
 def dicom_bytes(pixels, kind='MONOCHROME2', drop=(), **tags):
     ds = pydicom.Dataset()
@@ -49,14 +51,21 @@ def lying_frames(n): return dicom_bytes(np.zeros((16, 16), np.uint8), NumberOfFr
 
 JPEG, PNG, DCM = encoded(noise(), 'JPEG'), encoded(noise(), 'PNG'), dicom_bytes(noise().astype(np.uint16))
 BAD_FILES = {
-    'empty.jpg': b'', 'empty.dcm': b'', 'text.jpg': b'<html>404 not found</html>', 'report.png': 'Keine Stauung. Röntgen'.encode('latin1'), 'zeros.png': bytes(1000),
-    'header_only.jpg': JPEG[:20], 'half.jpg': JPEG[:len(JPEG) // 2], 'nearly_whole.jpg': JPEG[:-200], 'half.png': PNG[:len(PNG) // 2], 'no_end.png': PNG[:-12], 'signature.png': PNG[:8],
-    'flipped_pixels.png': flipped(PNG, len(PNG) // 2), 'flipped_header.png': flipped(PNG, 20), 'one.png': encoded(np.zeros((1, 1), np.uint8), 'PNG'), 'line.png': encoded(np.zeros((1, 500), np.uint8), 'PNG'),
-    'bomb.png': png_header_only(60_000, 60_000), 'large.png': png_header_only(11_000, 10_000), 'gif.jpg': encoded(noise(), 'GIF'), 'webp.png': encoded(noise(), 'WEBP'), 'pdf.jpg': b'%PDF-1.7\n' + bytes(100),
+    'empty.jpg': b'', 'empty.dcm': b'', 'text.jpg': b'<html>404 not found</html>', 'report.png': 'Keine Stauung. Röntgen'.encode('latin1'),
+    'zeros.png': bytes(1000),
+    'header_only.jpg': JPEG[:20], 'half.jpg': JPEG[:len(JPEG) // 2], 'nearly_whole.jpg': JPEG[:-200], 'half.png': PNG[:len(PNG) // 2],
+    'no_end.png': PNG[:-12], 'signature.png': PNG[:8],
+    'flipped_pixels.png': flipped(PNG, len(PNG) // 2), 'flipped_header.png': flipped(PNG, 20),
+    'one.png': encoded(np.zeros((1, 1), np.uint8), 'PNG'), 'line.png': encoded(np.zeros((1, 500), np.uint8), 'PNG'),
+    'bomb.png': png_header_only(60_000, 60_000), 'large.png': png_header_only(11_000, 10_000), 'gif.jpg': encoded(noise(), 'GIF'),
+    'webp.png': encoded(noise(), 'WEBP'), 'pdf.jpg': b'%PDF-1.7\n' + bytes(100),
     'progressive_half.jpg': (lambda b: b[:len(b) // 3])(encoded(noise(), 'JPEG', progressive=True)),
-    'half.dcm': DCM[:len(DCM) // 2], 'cut_pixels.dcm': DCM[:-100], 'preamble.dcm': bytes(128) + b'DICM', 'no_pixels.dcm': dicom_bytes(noise(), drop=('PixelData',)), 'colour.dcm': dicom_bytes(noise(), kind='PALETTE COLOR'),
-    'frames.dcm': lying_frames(3), 'tiny.dcm': dicom_bytes(np.zeros((2, 2), np.uint8)), 'huge.dcm': dicom_bytes(noise(), Rows=50_000, Columns=50_000), 'no_rows.dcm': dicom_bytes(noise(), drop=('Rows',)),
-    'bad_window.dcm': dicom_bytes(noise(), WindowCenter=100, WindowWidth=0), 'two_pictures.tif': encoded(Image.fromarray(noise()), 'TIFF', save_all=True, append_images=[Image.fromarray(noise(seed=1))]),
+    'half.dcm': DCM[:len(DCM) // 2], 'cut_pixels.dcm': DCM[:-100], 'preamble.dcm': bytes(128) + b'DICM',
+    'no_pixels.dcm': dicom_bytes(noise(), drop=('PixelData',)), 'colour.dcm': dicom_bytes(noise(), kind='PALETTE COLOR'),
+    'frames.dcm': lying_frames(3), 'tiny.dcm': dicom_bytes(np.zeros((2, 2), np.uint8)),
+    'huge.dcm': dicom_bytes(noise(), Rows=50_000, Columns=50_000), 'no_rows.dcm': dicom_bytes(noise(), drop=('Rows',)),
+    'bad_window.dcm': dicom_bytes(noise(), WindowCenter=100, WindowWidth=0),
+    'two_pictures.tif': encoded(Image.fromarray(noise()), 'TIFF', save_all=True, append_images=[Image.fromarray(noise(seed=1))]),
     'nan.tif': encoded(Image.fromarray(np.full((20, 20), np.nan, np.float32)), 'TIFF'),
 }
 
@@ -71,7 +80,8 @@ def test_not_there_and_folder(tmp_path):
     for p in (tmp_path/'no.png', tmp_path):
         with pytest.raises(GKError, match=p.name): load_image(p)
 
-@pytest.mark.parametrize('x', [np.zeros((20, 20), np.float32), np.zeros((20, 20, 2), np.uint8), np.zeros(20, np.uint8), np.zeros((2, 2), np.uint8), np.zeros((20, 20), bool), None, b'abc'])
+@pytest.mark.parametrize('x', [np.zeros((20, 20), np.float32), np.zeros((20, 20, 2), np.uint8), np.zeros(20, np.uint8),
+                               np.zeros((2, 2), np.uint8), np.zeros((20, 20), bool), None, b'abc'])
 def test_bad_arrays(x):
     with pytest.raises(GKError): load_image(x)
 
@@ -126,7 +136,8 @@ def test_exif_rotation_is_followed_as_in_viewers(tmp_path):
     (tmp_path/'x.jpg').write_bytes(encoded(smooth(), 'JPEG', quality=95, exif=e))
     assert np.abs(load_image(tmp_path/'x.jpg').astype(int) - np.rot90(smooth(), -1)).mean() < 2
 
-@pytest.mark.parametrize('want,shape', [(None, (1200, 904)), (50, (150, 113)), (114, (300, 226)), (227, (600, 452)), (453, (1200, 904)), (5000, (1200, 904))])
+@pytest.mark.parametrize('want,shape', [(None, (1200, 904)), (50, (150, 113)), (114, (300, 226)), (227, (600, 452)), (453, (1200, 904)),
+                                        (5000, (1200, 904))])
 def test_reduced_jpeg_never_goes_below(tmp_path, want, shape):
     p = tmp_path/'x.jpg'; p.write_bytes(encoded(smooth(1200, 904), 'JPEG', quality=95))
     x = load_image(p, min_side=want)
@@ -199,7 +210,8 @@ def test_frame_agrees_with_the_pixels(w, h, size):
 
 def test_from_frame_cuts_the_padding():
     f = Frame(50, 100, 100)
-    assert np.allclose(f.from_frame(np.array([0, 0, 1, 1])), [0, 0, 1, 1]) and np.allclose(f.from_frame(np.array([0, 0, 1, 1]), clip=False), [-.5, 0, 1.5, 1])
+    assert (np.allclose(f.from_frame(np.array([0, 0, 1, 1])), [0, 0, 1, 1])
+            and np.allclose(f.from_frame(np.array([0, 0, 1, 1]), clip=False), [-.5, 0, 1.5, 1]))
 
 @pytest.mark.parametrize('bad', [(0, 5, 5), (5, -1, 5), (5, 5, 0)])
 def test_bad_frames(bad):
@@ -218,7 +230,8 @@ TOLERANCE = {'mean': .5, 'most': 10}                          # grey levels of 2
 @pytest.mark.parametrize(('side', 'size'), [(650, 128), (650, 64), (517, 224), (1024, 100), (130, 128)])
 def test_load_square_of_reduced_jpeg_equals_the_plain_path(tmp_path, side, size):
     "Sides that are no multiple of 8 included: the last, partly filled block must not shift the picture."
-    x = np.zeros((round(side * 1.2), side), np.uint8); x[side // 10:side // 10 + side] = make_study(PhantomConfig(n=9, size=side, seed=4), side % 7).image
+    x = np.zeros((round(side * 1.2), side), np.uint8)
+    x[side // 10:side // 10 + side] = make_study(PhantomConfig(n=9, size=side, seed=4), side % 7).image
     p = tmp_path/'x.jpg'; p.write_bytes(encoded(x, 'JPEG', quality=95))
     (fast, f), (slow, g) = load_square(p, size), resize_pad(load_image(p), size)
     d = np.abs(fast.astype(int) - slow)
@@ -274,7 +287,8 @@ def test_boxes_follow_the_picture(strength):
     assert (moved - boxes).abs().max() > .01
     for im, b in zip(y[:, 0], moved[:, 0] * 128, strict=True):
         blockish = im > (im.min() + im.max()) / 2
-        mask = torch.nn.functional.max_pool2d(-torch.nn.functional.max_pool2d(-blockish[None].float(), 3, 1, 1), 3, 1, 1)[0] > .5       # opening: noise dots go
+        # opening: noise dots go
+        mask = torch.nn.functional.max_pool2d(-torch.nn.functional.max_pool2d(-blockish[None].float(), 3, 1, 1), 3, 1, 1)[0] > .5
         rows, cols = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
         got = torch.tensor([cols[0], rows[0], cols[-1] + 1, rows[-1] + 1])
         assert (got - b).abs().max() <= 4, (got, b)
@@ -320,14 +334,18 @@ def test_augment_range_type_and_absent_boxes():
     same, same_boxes = augment(x, gen(), boxes, strength=0)
     assert torch.equal(same, x) and torch.equal(same_boxes, boxes)
 
-@pytest.mark.parametrize('x,boxes,strength', [(torch.zeros(2, 8, 8), None, 1.), (torch.zeros(2, 1, 8, 9), None, 1.), (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, 1.), (torch.zeros(2, 3, 8, 8), None, 1.),
-                                              (torch.zeros(2, 1, 8, 8), torch.zeros(2, 4), 1.), (torch.zeros(2, 1, 8, 8), torch.zeros(3, 1, 4), 1.), (torch.zeros(2, 1, 8, 8), None, -1.), (torch.zeros(2, 1, 8, 8), None, float('nan'))])
+@pytest.mark.parametrize('x,boxes,strength', [(torch.zeros(2, 8, 8), None, 1.), (torch.zeros(2, 1, 8, 9), None, 1.),
+                                              (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, 1.), (torch.zeros(2, 3, 8, 8), None, 1.),
+                                              (torch.zeros(2, 1, 8, 8), torch.zeros(2, 4), 1.),
+                                              (torch.zeros(2, 1, 8, 8), torch.zeros(3, 1, 4), 1.), (torch.zeros(2, 1, 8, 8), None, -1.),
+                                              (torch.zeros(2, 1, 8, 8), None, float('nan'))])
 def test_augment_refuses(x, boxes, strength):
     with pytest.raises(GKError): augment(x, gen(), boxes, strength)
 
 def test_every_real_picture_is_whole(real_data):
     n = 0
-    for pattern in ('covid_chestxray/images/*.jpg', 'nih_chestxray14/images/*.png', 'nih_chestxray14/images_64px/*.png', 'vqa_rad/images/*.jpg'):
+    for pattern in ('covid_chestxray/images/*.jpg', 'nih_chestxray14/images/*.png', 'nih_chestxray14/images_64px/*.png',
+                    'vqa_rad/images/*.jpg'):
         for p in sorted(real_data.glob(pattern)):
             x = load_image(p, min_side=64); n += 1
             assert x.dtype == np.uint8 and x.ndim == 2 and x.std() > 1, p.name

@@ -12,7 +12,8 @@ from gk_mvlp.data import registry
 from gk_mvlp.data.covid_chestxray import finding_labels, load_covid_chestxray
 from gk_mvlp.data.knowledge import ENTITY_INDEX
 from gk_mvlp.data.nih import NIH_FINDINGS, NIH_TO_ENTITY, load_nih
-from gk_mvlp.data.registry import FRACTIONS, assign_splits, data_fingerprint, dataset_names, dataset_options, load_dataset, picture_hashes, register, split_together
+from gk_mvlp.data.registry import (FRACTIONS, assign_splits, data_fingerprint, dataset_names, dataset_options, load_dataset,
+                                   picture_hashes, register, split_together)
 from gk_mvlp.data.rsna import load_rsna
 from gk_mvlp.data.study import FindingBox, Study, check_splits, validate
 from gk_mvlp.data.tables import box_xywh, picture_path
@@ -25,13 +26,17 @@ def picture(path, seed=0, size=(32, 32)):
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, size, np.uint8)).save(path)
 
 COVID_HEAD = 'patientid,sex,age,finding,view,modality,filename,clinical_notes,source_filename,source_width,source_height'
-NIH_HEAD = 'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]'
+NIH_HEAD = ('Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View '
+            'Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]')
 BOX_HEAD = 'Image Index,Finding Label,Bbox [x,y,w,h],,,'
 RSNA_HEAD = 'patientId,x,y,width,height,Target'
 MATCH_HEAD = 'patientId,nih_image_index,mse,detailed_class,Target,n_boxes,nih_chestxray14_path'
-QUESTION = {'qid': 1, 'image_name': 'p0.jpg', 'image_organ': 'CHEST', 'answer': 'yes', 'answer_type': 'CLOSED', 'question_type': 'PRES', 'question': 'Effusion?', 'phrase_type': 'freeform'}
-COCO = {'categories': [{'id': 1, 'name': 'Right Lung'}, {'id': 2, 'name': 'Left Lung'}], 'images': [{'id': 5, 'file_name': 'a.png', 'width': 500, 'height': 400}],
-        'annotations': [{'id': 1, 'image_id': 5, 'category_id': 1, 'bbox': [50, 40, 150, 300]}, {'id': 2, 'image_id': 5, 'category_id': 2, 'bbox': [300, 40, 150, 300]}]}
+QUESTION = {'qid': 1, 'image_name': 'p0.jpg', 'image_organ': 'CHEST', 'answer': 'yes', 'answer_type': 'CLOSED', 'question_type': 'PRES',
+            'question': 'Effusion?', 'phrase_type': 'freeform'}
+COCO = {'categories': [{'id': 1, 'name': 'Right Lung'}, {'id': 2, 'name': 'Left Lung'}],
+        'images': [{'id': 5, 'file_name': 'a.png', 'width': 500, 'height': 400}],
+        'annotations': [{'id': 1, 'image_id': 5, 'category_id': 1, 'bbox': [50, 40, 150, 300]},
+                        {'id': 2, 'image_id': 5, 'category_id': 2, 'bbox': [300, 40, 150, 300]}]}
 META, LUNGS = 'covid_chestxray/metadata.csv', 'covid_chestxray/annotations/imageannotation_ai_lung_bounding_boxes.json'
 ENTRY, BOXES = 'nih_chestxray14/Data_Entry_2017_v2020.csv', 'nih_chestxray14/BBox_List_2017.csv'
 LABELS, MATCHES = 'rsna_pneumonia/stage_2_train_labels.csv', 'rsna_pneumonia/rsna_to_nih_matches.csv'
@@ -43,14 +48,17 @@ def root(tmp_path):
     "All four collections in miniature and whole."
     for i, n in enumerate('ab'): picture(tmp_path/f'covid_chestxray/images/{n}.jpg', i)
     (tmp_path/'covid_chestxray/annotations').mkdir()
-    (tmp_path/META).write_text(f'{COVID_HEAD}\n7,F,61,"COVID-19, ARDS",PA,X-ray,a.jpg,"No pneumothorax. Left effusion.",a.png,500,400\n8,M,,No Finding,AP,X-ray,b.jpg,,b.png,500,400\n')
+    (tmp_path/META).write_text(f'{COVID_HEAD}\n7,F,61,"COVID-19, ARDS",PA,X-ray,a.jpg,"No pneumothorax. Left '
+                               'effusion.",a.png,500,400\n8,M,,No Finding,AP,X-ray,b.jpg,,b.png,500,400\n')
     (tmp_path/LUNGS).write_text(json.dumps(COCO))
     for i in range(3): picture(tmp_path/f'nih_chestxray14/images_64px/0000000{i}_000.png', i, (64, 64))
-    (tmp_path/ENTRY).write_text(f'{NIH_HEAD}\n' + ''.join(f'0000000{i}_000.png,{f},0,{i},5{i},M,PA,10,10,.1,.1\n' for i, f in enumerate(('Mass|Edema', 'No Finding', 'Infiltration'))))
+    (tmp_path/ENTRY).write_text(f'{NIH_HEAD}\n' + ''.join(f'0000000{i}_000.png,{f},0,{i},5{i},M,PA,10,10,.1,.1\n'
+                                                          for i, f in enumerate(('Mass|Edema', 'No Finding', 'Infiltration'))))
     (tmp_path/BOXES).write_text(f'{BOX_HEAD}\n00000002_000.png,Infiltrate,256,512,128,256\n')
     (tmp_path/'rsna_pneumonia').mkdir()
     (tmp_path/LABELS).write_text(f'{RSNA_HEAD}\naaa,256.0,512.0,128.0,256.0,1\naaa,0,0,64,64,1\nbbb,,,,,0\n')
-    (tmp_path/MATCHES).write_text(f'{MATCH_HEAD}\naaa,00000002_000.png,.9,Lung Opacity,1,2,images_64px/00000002_000.png\nbbb,00000001_000.png,.8,Normal,0,0,images_64px/00000001_000.png\n')
+    (tmp_path/MATCHES).write_text(f'{MATCH_HEAD}\naaa,00000002_000.png,.9,Lung '
+                                  'Opacity,1,2,images_64px/00000002_000.png\nbbb,00000001_000.png,.8,Normal,0,0,images_64px/00000001_000.png\n')
     for i in range(2): picture(tmp_path/f'vqa_rad/images/p{i}.jpg', i)
     (tmp_path/TRAIN).write_text(json.dumps([QUESTION, QUESTION | {'qid': '2', 'image_name': 'p1.jpg'}]))
     (tmp_path/TEST).write_text(json.dumps([QUESTION | {'qid': 3}]))
@@ -63,9 +71,11 @@ def load(name, root, **kw):
 
 def test_the_miniature_collections_are_whole(root):
     a, b = load('covid_chestxray', root)
-    assert a.entities == {'pneumothorax': -1, 'pleural effusion': 1} and b.entities == {} and set(a.regions) == {'right lung', 'left lung'} and not b.regions
+    assert (a.entities == {'pneumothorax': -1, 'pleural effusion': 1} and b.entities == {}
+            and set(a.regions) == {'right lung', 'left lung'} and not b.regions)
     x, y, z = load('nih', root)
-    assert x.entities == {'mass': 1, 'pulmonary edema': 1} and sum(y.labels.values()) == 0 and z.findings == [FindingBox('lung opacity', (.25, .5, .375, .75))]
+    assert (x.entities == {'mass': 1, 'pulmonary edema': 1} and sum(y.labels.values()) == 0
+            and z.findings == [FindingBox('lung opacity', (.25, .5, .375, .75))])
     p, q = load('rsna', root)
     assert len(p.findings) == 2 and p.subject_id == z.subject_id and q.labels == {'pneumonia': 0} and q.age == 51
     assert [len(s.qa) for s in load('vqa_rad', root)] == [1, 1, 1]
@@ -74,7 +84,8 @@ def test_the_miniature_collections_are_whole(root):
 
 # --- 1. broken tables and annotations: (collection, file, what to change it to, what the message must say) ---
 def sub(old, new): return lambda t: t.replace(old, new)
-def annotation(**kw): return lambda t: json.dumps(json.loads(t) | {'annotations': [json.loads(t)['annotations'][0] | kw, json.loads(t)['annotations'][1]]})
+def annotation(**kw):
+    return lambda t: json.dumps(json.loads(t) | {'annotations': [json.loads(t)['annotations'][0] | kw, json.loads(t)['annotations'][1]]})
 def question(**kw): return lambda t: json.dumps([{k: v for k, v in (json.loads(t)[0] | kw).items() if v is not ...}, *json.loads(t)[1:]])
 
 BROKEN = {
@@ -105,7 +116,8 @@ BROKEN = {
     'lung box outside': ('covid_chestxray', LUNGS, annotation(bbox=[600, 40, 150, 300]), 'outside'),
     'lung box of three': ('covid_chestxray', LUNGS, annotation(bbox=[50, 40, 150]), 'four'),
     'lung box of text': ('covid_chestxray', LUNGS, annotation(bbox=['50', '40', '150', '3']), 'four finite'),
-    'lung sides swapped': ('covid_chestxray', LUNGS, sub('Right Lung"}, {"id": 2, "name": "Left Lung', 'Left Lung"}, {"id": 2, "name": "Right Lung'), 'mirrored'),
+    'lung sides swapped': ('covid_chestxray', LUNGS,
+                           sub('Right Lung"}, {"id": 2, "name": "Left Lung', 'Left Lung"}, {"id": 2, "name": "Right Lung'), 'mirrored'),
     'lung twice': ('covid_chestxray', LUNGS, annotation(category_id=2), 'second left lung'),
     'lung unknown category': ('covid_chestxray', LUNGS, sub('Left Lung', 'Heart'), "category 'heart'"),
     'lung unknown image': ('covid_chestxray', LUNGS, annotation(image_id=99), 'COCO'),
@@ -167,12 +179,14 @@ def test_broken_input_is_named(root, case):
     assert says in str(err.value), str(err.value)
     assert err.value.remedy and '\n' not in str(err.value)
 
-@pytest.mark.parametrize('name,file', [('covid_chestxray', META), ('covid_chestxray', LUNGS), ('nih', ENTRY), ('nih', BOXES), ('rsna', LABELS), ('rsna', MATCHES), ('vqa_rad', TRAIN), ('vqa_rad', TEST)])
+@pytest.mark.parametrize('name,file', [('covid_chestxray', META), ('covid_chestxray', LUNGS), ('nih', ENTRY), ('nih', BOXES),
+                                       ('rsna', LABELS), ('rsna', MATCHES), ('vqa_rad', TRAIN), ('vqa_rad', TEST)])
 def test_missing_file_is_named(root, name, file):
     (root/file).unlink()
     with pytest.raises(GKError, match=Path(file).name): load(name, root)
 
-@pytest.mark.parametrize('name,file', [('covid_chestxray', META), ('nih', ENTRY), ('nih', BOXES), ('rsna', LABELS), ('rsna', MATCHES), ('vqa_rad', TRAIN)])
+@pytest.mark.parametrize('name,file', [('covid_chestxray', META), ('nih', ENTRY), ('nih', BOXES), ('rsna', LABELS), ('rsna', MATCHES),
+                                       ('vqa_rad', TRAIN)])
 def test_bom_and_windows_line_ends_change_nothing(root, name, file):
     want = [repr(s) for s in load(name, root)]
     (root/file).write_bytes(b'\xef\xbb\xbf' + (root/file).read_bytes().replace(b'\n', b'\r\n'))
@@ -180,7 +194,8 @@ def test_bom_and_windows_line_ends_change_nothing(root, name, file):
 
 # --- 2. quirks that must load ---
 def test_missing_pictures_can_be_skipped_with_one_warning(root):
-    for name, file in (('covid_chestxray', 'covid_chestxray/images/a.jpg'), ('nih', 'nih_chestxray14/images_64px/00000000_000.png'), ('vqa_rad', 'vqa_rad/images/p1.jpg')):
+    for name, file in (('covid_chestxray', 'covid_chestxray/images/a.jpg'), ('nih', 'nih_chestxray14/images_64px/00000000_000.png'),
+                       ('vqa_rad', 'vqa_rad/images/p1.jpg')):
         n = len(load(name, root)); (root/file).unlink()
         with warnings.catch_warnings(record=True) as w:
             warnings.simplefilter('always')
@@ -196,10 +211,13 @@ def test_no_picture_at_all_is_an_error_even_when_skipping(root):
 
 def test_covid_quirks(root):
     text = (root/META).read_text()
-    (root/META).write_text(text.replace('Left effusion.', 'T 38\ufffdC,\n "" left  effusion.') + '9,M,40,COVID-19,L,X-ray,lateral.jpg,,l.png,1,1\n9,M,40,COVID-19,Axial,CT,ct.jpg,,c.png,1,1\n', encoding='utf-8')
+    (root/META).write_text(text.replace('Left effusion.', 'T 38\ufffdC,\n "" left  effusion.')
+                           + '9,M,40,COVID-19,L,X-ray,lateral.jpg,,l.png,1,1\n9,M,40,COVID-19,Axial,CT,ct.jpg,,c.png,1,1\n',
+                           encoding='utf-8')
     (root/LUNGS).write_text(json.dumps(COCO | {'annotations': [COCO['annotations'][0] | {'bbox': [None] * 4}, COCO['annotations'][1]]}))
     a, _ = load('covid_chestxray', root)
-    assert a.report == 'No pneumothorax. T 38 C, " left effusion.' and set(a.regions) == {'left lung'} and a.attributes['finding'] == 'COVID-19, ARDS'
+    assert (a.report == 'No pneumothorax. T 38 C, " left effusion.' and set(a.regions) == {'left lung'}
+            and a.attributes['finding'] == 'COVID-19, ARDS')
     assert len(load('covid_chestxray', root, reports_only=True)) == 1
 
 def test_covid_source_without_the_added_columns(root):
@@ -209,7 +227,9 @@ def test_covid_source_without_the_added_columns(root):
     (s,) = load('covid_chestxray', root)
     assert np.allclose(s.regions['right lung'], (.1, .1, .4, .85)) and s.labels['covid-19'] == 1
 
-@pytest.mark.parametrize('finding,want', [('Klebsiella', 'bacterial pneumonia'), ('Influenza', 'viral pneumonia'), ('Pneumocystis', 'fungal pneumonia'), ('Pneumonia/Bacterial/Streptococcus', 'bacterial pneumonia')])
+@pytest.mark.parametrize('finding,want', [('Klebsiella', 'bacterial pneumonia'), ('Influenza', 'viral pneumonia'),
+                                          ('Pneumocystis', 'fungal pneumonia'),
+                                          ('Pneumonia/Bacterial/Streptococcus', 'bacterial pneumonia')])
 def test_germs_decide_the_kind(finding, want):
     y = finding_labels(finding)
     assert y['pneumonia'] == 1 and [k for k in y if k.endswith(' pneumonia') and y[k]] == [want]
@@ -222,10 +242,12 @@ def test_finding_labels_unknown_is_not_negative():
 def test_nih_old_ages_official_lists_and_folders(root):
     text = (root/ENTRY).read_text().replace(',50,', ',058Y,').replace(',51,', ',412,')
     (root/ENTRY).unlink(); (root/'nih_chestxray14/Data_Entry_2017.csv').write_text(text.replace('.1,.1\n', '.1,.1,\n'))
-    (root/'nih_chestxray14/train_val_list.txt').write_text('00000000_000.png\n00000001_000.png\n'); (root/'nih_chestxray14/test_list.txt').write_text('00000002_000.png')
+    (root/'nih_chestxray14/train_val_list.txt').write_text('00000000_000.png\n00000001_000.png\n')
+    (root/'nih_chestxray14/test_list.txt').write_text('00000002_000.png')
     s = load('nih', root)
     assert [x.age for x in s] == [58, None, 52] and [x.split for x in s] == ['train', 'train', 'test']
-    (root/'nih_chestxray14/images_64px').rename(root/'nih_chestxray14/images_007'); (root/'nih_chestxray14/images_007').rename(root/'x'); (root/'nih_chestxray14/images_007').mkdir(); (root/'x').rename(root/'nih_chestxray14/images_007/images')
+    (root/'nih_chestxray14/images_64px').rename(root/'nih_chestxray14/images_007'); (root/'nih_chestxray14/images_007').rename(root/'x')
+    (root/'nih_chestxray14/images_007').mkdir(); (root/'x').rename(root/'nih_chestxray14/images_007/images')
     assert len(load('nih', root, variant='original')) == 3
     with pytest.raises(GKError, match='64px'): load('nih', root)
     with pytest.raises(GKError, match='variant'): load('nih', root, variant='32px')
@@ -254,20 +276,27 @@ def loader_of(studies): return lambda root, flavour='plain': [Study(**s) for s i
 @pytest.fixture
 def clean_registry(monkeypatch): monkeypatch.setattr(registry, '_REGISTRY', dict(registry._REGISTRY))
 
-def some(n=40, **kw): return [{'study_id': f's{i}', 'subject_id': f'p{i // 2}', 'image': np.full((9, 9), i, np.uint8)} | kw for i in range(n)]
+def some(n=40, **kw):
+    return [{'study_id': f's{i}', 'subject_id': f'p{i // 2}', 'image': np.full((9, 9), i, np.uint8)} | kw for i in range(n)]
 
 def test_names_options_and_unknowns(clean_registry):
     assert {'phantom', 'covid_chestxray', 'nih', 'rsna', 'vqa_rad'} <= set(dataset_names())
     register('mine', loader_of(some()))
     assert dataset_options('mine') == ['flavour']
-    for call, says in ((lambda: load_dataset('nope'), 'covid_chestxray'), (lambda: load_dataset('mine', flavor='x'), "no option 'flavor'"), (lambda: load_dataset('mine', split='dev'), 'test, train, val'),
-                       (lambda: register('mine', loader_of([])), 'already'), (lambda: register('bad name', loader_of([])), 'name'), (lambda: register('x', 3), 'function'), (lambda: register('x', loader_of([]), split_by='day'), 'split_by')):
+    for call, says in ((lambda: load_dataset('nope'), 'covid_chestxray'), (lambda: load_dataset('mine', flavor='x'), "no option 'flavor'"),
+                       (lambda: load_dataset('mine', split='dev'), 'test, train, val'),
+                       (lambda: register('mine', loader_of([])), 'already'), (lambda: register('bad name', loader_of([])), 'name'),
+                       (lambda: register('x', 3), 'function'), (lambda: register('x', loader_of([]), split_by='day'), 'split_by')):
         with pytest.raises(GKError, match=says): call()
 
 @pytest.mark.parametrize('studies,says', [
-    ([], 'did not return'), (some(4) + some(1), 'repeats'), (some(4, entities={'elbow': 1}), 'elbow'), (some(4, regions={'left lung': (.5, .1, .2, .9)}), 'inverted'), (some(4, regions={'left lung': (0, 0, float('nan'), 1)}), 'missing or infinite'),
-    (some(4, subject_id=''), 'subject_id'), ([s | {'split': 'train' if i % 2 else 'test'} for i, s in enumerate(some(4))], 'patient'), ([s | {'split': 'train' if i < 2 else ''} for i, s in enumerate(some(4))], 'no split'),
-    ([s | {'image': np.zeros((9, 9), np.uint8)} for s in some()], 'picture'), (some(4, image=np.zeros((1, 1), np.uint8)), 'too small'), (some(4, image=np.zeros((9, 9), np.float32)), 'float32')])
+    ([], 'did not return'), (some(4) + some(1), 'repeats'), (some(4, entities={'elbow': 1}), 'elbow'),
+    (some(4, regions={'left lung': (.5, .1, .2, .9)}), 'inverted'),
+    (some(4, regions={'left lung': (0, 0, float('nan'), 1)}), 'missing or infinite'),
+    (some(4, subject_id=''), 'subject_id'), ([s | {'split': 'train' if i % 2 else 'test'} for i, s in enumerate(some(4))], 'patient'),
+    ([s | {'split': 'train' if i < 2 else ''} for i, s in enumerate(some(4))], 'no split'),
+    ([s | {'image': np.zeros((9, 9), np.uint8)} for s in some()], 'picture'), (some(4, image=np.zeros((1, 1), np.uint8)), 'too small'),
+    (some(4, image=np.zeros((9, 9), np.float32)), 'float32')])
 def test_bad_studies_are_refused(clean_registry, studies, says):
     register('mine', loader_of(studies))
     with pytest.raises(GKError, match=says): load_dataset('mine')
@@ -296,7 +325,8 @@ def test_val_comes_from_train_only():
 def test_broken_pictures_at_load(root):
     (root/'covid_chestxray/images/a.jpg').write_bytes((root/'covid_chestxray/images/a.jpg').read_bytes()[:300])
     with pytest.raises(GKError, match='a.jpg'): load_dataset('covid_chestxray', root)
-    with pytest.warns(UserWarning, match='left out 1 of 2 studies with a broken picture'): assert len(load_dataset('covid_chestxray', root, bad='skip')) == 1
+    with pytest.warns(UserWarning, match='left out 1 of 2 studies with a broken picture'):
+        assert len(load_dataset('covid_chestxray', root, bad='skip')) == 1
     assert len(load_dataset('covid_chestxray', root, check_pictures=False)) == 2
 
 def test_same_pixels_under_another_format_and_name(tmp_path, clean_registry):
@@ -315,10 +345,13 @@ def test_data_root_is_checked(tmp_path, monkeypatch):
 
 def test_fingerprint_sees_everything_but_order_and_place(tmp_path):
     picture(tmp_path/'x/a.png'); picture(tmp_path/'y/a.png')
-    base = dict(study_id='s', subject_id='p', image=tmp_path/'x/a.png', report='clear', entities={'mass': 1, 'nodule': -1}, labels={'mass': 1}, split='train', relations={('left lung', 'mass'): 1})
+    base = dict(study_id='s', subject_id='p', image=tmp_path/'x/a.png', report='clear', entities={'mass': 1, 'nodule': -1},
+                labels={'mass': 1}, split='train', relations={('left lung', 'mass'): 1})
     f = data_fingerprint([Study(**base), Study('t', 'q')])
-    assert len(f) == 64 and f == data_fingerprint([Study('t', 'q'), Study(**base)]) == data_fingerprint([Study(**base | {'image': tmp_path/'y/a.png', 'entities': {'nodule': -1, 'mass': 1}}), Study('t', 'q')])
-    for change in ({'report': 'Clear'}, {'labels': {'mass': 0}}, {'split': 'test'}, {'entities': {'mass': 1}}, {'relations': {}}, {'regions': {'left lung': (0, 0, 1, 1)}}, {'image': None}, {'study_id': 'u'}):
+    assert len(f) == 64 and f == data_fingerprint([Study('t', 'q'), Study(**base)]) == data_fingerprint([Study(**base
+        | {'image': tmp_path/'y/a.png', 'entities': {'nodule': -1, 'mass': 1}}), Study('t', 'q')])
+    for change in ({'report': 'Clear'}, {'labels': {'mass': 0}}, {'split': 'test'}, {'entities': {'mass': 1}}, {'relations': {}},
+                   {'regions': {'left lung': (0, 0, 1, 1)}}, {'image': None}, {'study_id': 'u'}):
         assert data_fingerprint([Study(**base | change), Study('t', 'q')]) != f, change
     b = data_fingerprint([Study(**base)], pictures='bytes')
     raw = bytearray((tmp_path/'x/a.png').read_bytes()); raw[-20] ^= 1; (tmp_path/'x/a.png').write_bytes(raw)
@@ -334,10 +367,13 @@ def test_phantom_by_name(tmp_path):
 # --- 4. the real collections, by number ---
 def test_real_covid(real_data):
     s = load_dataset('covid_chestxray', real_data)
-    assert len(s) == 275 and sum(bool(x.report) for x in s) == 183 and sum(len(x.regions) == 2 for x in s) == 55 and sum(bool(x.regions) for x in s) == 55
+    assert (len(s) == 275 and sum(bool(x.report) for x in s) == 183 and sum(len(x.regions) == 2 for x in s) == 55
+            and sum(bool(x.regions) for x in s) == 55)
     assert Counter(x.view for x in s) == {'PA': 174, 'AP Supine': 69, 'AP': 32} and len({x.subject_id for x in s}) == 152
-    assert sum(x.labels['covid-19'] for x in s) == 198 and sum(x.labels['no finding'] for x in s) == 12 and sum(x.labels['ards'] for x in s) == 13 and sum(x.labels['pneumonia'] for x in s) == 259
-    assert Counter(x.sex for x in s) == {'M': 163, 'F': 99, '': 13} and all('license' in x.attributes for x in s) and not any('\ufffd' in x.report for x in s)
+    assert (sum(x.labels['covid-19'] for x in s) == 198 and sum(x.labels['no finding'] for x in s) == 12
+            and sum(x.labels['ards'] for x in s) == 13 and sum(x.labels['pneumonia'] for x in s) == 259)
+    assert (Counter(x.sex for x in s) == {'M': 163, 'F': 99, '': 13} and all('license' in x.attributes for x in s)
+            and not any('\ufffd' in x.report for x in s))
     for x in s:
         if x.regions: assert x.regions['right lung'][0] < x.regions['left lung'][0]
     assert sum('lung_mask' in x.attributes for x in s) == 123
@@ -346,14 +382,16 @@ def test_real_nih(real_data):
     s = load_dataset('nih', real_data)
     assert len(s) == 1000 and len({x.subject_id for x in s}) == 264 and sum(len(x.findings) for x in s) == 9
     n = Counter(f for x in s for f in NIH_FINDINGS if x.labels[f])
-    assert sum(x.labels['any_finding'] for x in s) == 501 and n['effusion'] == 170 and n['infiltration'] == 162 and n['hernia'] == 9 and set(n) == set(NIH_FINDINGS)
+    assert (sum(x.labels['any_finding'] for x in s) == 501 and n['effusion'] == 170 and n['infiltration'] == 162 and n['hernia'] == 9
+            and set(n) == set(NIH_FINDINGS))
     assert Counter(x.view for x in s) == {'PA': 637, 'AP': 363}
     o = load_dataset('nih', real_data, variant='original')
     assert len(o) == 25 and len({x.subject_id for x in o}) == 9
 
 def test_real_rsna_and_its_overlap_with_nih(real_data):
     s = load_dataset('rsna', real_data)
-    assert len(s) == 247 and sum(x.labels['pneumonia'] for x in s) == 65 and sum(len(x.findings) for x in s) == 114 and len({x.subject_id for x in s}) == 92
+    assert (len(s) == 247 and sum(x.labels['pneumonia'] for x in s) == 65 and sum(len(x.findings) for x in s) == 114
+            and len({x.subject_id for x in s}) == 92)
     assert Counter(x.attributes['detailed_class'] for x in s) == {'No Lung Opacity / Not Normal': 128, 'Lung Opacity': 65, 'Normal': 54}
     nih = load_dataset('nih', real_data, check_pictures=False)
     assert len({x.image for x in s} & {x.image for x in nih}) == 240
@@ -364,7 +402,8 @@ def test_real_rsna_and_its_overlap_with_nih(real_data):
 
 def test_real_vqa_rad(real_data):
     with pytest.warns(UserWarning, match='73 of 73 test pictures'): s = load_vqa_rad(real_data)
-    assert [sum(len(x.qa) for x in s if x.split == p) for p in ('train', 'test')] == [1088, 174] and [sum(x.split == p for x in s) for p in ('train', 'test')] == [107, 73]
+    assert ([sum(len(x.qa) for x in s if x.split == p) for p in ('train', 'test')] == [1088, 174]
+            and [sum(x.split == p for x in s) for p in ('train', 'test')] == [107, 73])
     test = [q for x in s if x.split == 'test' for q in x.qa]
     assert Counter(q.answer_type for q in test) == {'closed': 116, 'open': 58}
     official = load('vqa_rad', real_data, layout='official')

@@ -129,7 +129,8 @@ def test_itc_is_computed_in_float32_under_autocast():
     assert got.dtype == torch.float32 and torch.isclose(got, want, rtol=1e-6)
 
 
-@pytest.mark.parametrize('start,end,verdict', [(math.log(16), 1., 'ok'), (math.log(16), math.log(16) * .99, 'stuck'), (9., 1., 'odd start')])
+@pytest.mark.parametrize('start,end,verdict', [(math.log(16), 1., 'ok'), (math.log(16), math.log(16) * .99, 'stuck'),
+                                               (9., 1., 'odd start')])
 def test_health_verdicts(start, end, verdict):
     assert L.health_report({'itc': start}, {'itc': end}, 16, 100)['itc']['verdict'] == verdict
 

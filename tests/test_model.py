@@ -21,7 +21,8 @@ def tok():
 
 def make(tok, **kw):
     torch.manual_seed(0)
-    return GKMVLP(ModelConfig(**{'dim': 32, 'image_depth': 1, 'text_depth': 1, 'encoder_depth': 1, 'decoder_depth': 1, 'embed_dim': 16, 'detector_dim': 8, 'heads': 2, **kw}), tok)
+    return GKMVLP(ModelConfig(**{'dim': 32, 'image_depth': 1, 'text_depth': 1, 'encoder_depth': 1, 'decoder_depth': 1, 'embed_dim': 16,
+                                 'detector_dim': 8, 'heads': 2, **kw}), tok)
 
 
 @pytest.fixture
@@ -107,7 +108,8 @@ def test_training_outputs_do_not_depend_on_oracle_prompts(tok, batch):
 
 def test_padding_changes_no_loss(tok, batch):
     model = make(tok, dropout=0.).eval()
-    pad = batch | {k: torch.nn.functional.pad(batch[k], (0, 7), value=tok.pad_token_id if k == 'input_ids' else 0) for k in ('input_ids', 'attention_mask')}
+    pad = batch | {k: torch.nn.functional.pad(batch[k], (0, 7), value=tok.pad_token_id if k == 'input_ids' else 0)
+                   for k in ('input_ids', 'attention_mask')}
     out = []
     for b in (batch, pad):
         torch.manual_seed(1)
@@ -125,7 +127,8 @@ def test_order_of_samples_changes_no_itc_lm_ecls(tok, batch):
 def test_an_invalid_region_is_never_looked_at(tok, batch):
     model = make(tok, dropout=0.).eval()
     hidden = ~batch['region_valid'][..., None]
-    other = batch | {'region_boxes': batch['region_boxes'].masked_fill(hidden, 0.), 'region_features': batch['region_features'].masked_fill(hidden, 1e3)}
+    other = batch | {'region_boxes': batch['region_boxes'].masked_fill(hidden, 0.),
+                     'region_features': batch['region_features'].masked_fill(hidden, 1e3)}
     out = []
     for b in (batch, other):
         torch.manual_seed(1)

@@ -1,4 +1,5 @@
-"The `paper` preset on phantoms in the credentialed formats: its graph, and every notebook once at paper size; nothing of the data stays in what was executed."
+"""The `paper` preset on phantoms in the credentialed formats: its graph, and every notebook once at paper size; nothing of the data
+stays in what was executed."""
 import json
 import os
 import subprocess
@@ -18,8 +19,11 @@ from gk_mvlp.study.launch import check_preset, study_jobs
 from gk_mvlp.study.run import run_notebook
 
 HOME, CANARY = Path(__file__).parents[1], 'Canarybird'
-SMALL = {'detector': {'train': {'epochs': 1, 'batch_size': 4, 'num_workers': 0, 'precision': 'no'}}, 'model': {'image_checkpoint': '', 'text_encoder': ''},   # no hub here: the same sizes, new weights
-         'pretrain': {'epochs': 1, 'batch_size': 4, 'num_workers': 0}, 'finetune': {'epochs': 1, 'batch_size': 4, 'num_workers': 0, 'min_steps': 0}, 'generation': {'beams': 2}}
+# no hub here: the same sizes, new weights
+SMALL = {'detector': {'train': {'epochs': 1, 'batch_size': 4, 'num_workers': 0, 'precision': 'no'}},
+         'model': {'image_checkpoint': '', 'text_encoder': ''},
+         'pretrain': {'epochs': 1, 'batch_size': 4, 'num_workers': 0},
+         'finetune': {'epochs': 1, 'batch_size': 4, 'num_workers': 0, 'min_steps': 0}, 'generation': {'beams': 2}}
 
 
 @pytest.fixture(scope='module')
@@ -33,10 +37,12 @@ def root(tmp_path_factory):
 
 def test_the_whole_graph_is_planned(root):
     env = os.environ | {'GK_MVLP_OUT': str(root/'out')}
-    r = subprocess.run([sys.executable, '-m', 'gk_mvlp.cli', 'paper', '--preset', 'paper', '--data', str(root), '--dry-run'], capture_output=True, text=True, env=env)
+    r = subprocess.run([sys.executable, '-m', 'gk_mvlp.cli', 'paper', '--preset', 'paper', '--data', str(root), '--dry-run'],
+                       capture_output=True, text=True, env=env)
     jobs = study_jobs(load_preset('paper'))
     assert r.returncode == 0, r.stderr
-    assert f'{len(jobs)} jobs, 0 of them finished' in r.stdout and f'total               {len(jobs) + 2}' in r.stdout and not list((root/'out/runs/paper').glob('*/*'))
+    assert (f'{len(jobs)} jobs, 0 of them finished' in r.stdout and f'total               {len(jobs) + 2}' in r.stdout
+            and not list((root/'out/runs/paper').glob('*/*')))
 
 
 def test_every_data_set_of_the_preset_loads(root, monkeypatch):
@@ -71,7 +77,8 @@ def clean(run: Path, secrets: set[str]) -> None:
 def test_every_notebook_once_at_paper_size(root, tmp_path, monkeypatch):
     monkeypatch.setenv('GK_MVLP_OUT', str(tmp_path))
     nb = {f.name.split('_', 1)[1].removesuffix('.ipynb'): f for f in sorted((HOME/'nbs/experiments').glob('7*.ipynb'))}
-    secrets = {CANARY} | {x for s in load_mimic_cxr(root, workers=1) for x in (s.study_id, s.subject_id, s.subject_id.removeprefix('mimic-'))}
+    secrets = {CANARY} | {x for s in load_mimic_cxr(root, workers=1)
+                          for x in (s.study_id, s.subject_id, s.subject_id.removeprefix('mimic-'))}
     given = {'preset': 'paper', 'data': str(root), 'overrides': SMALL}
     run = lambda name, folder, **more: clean(run_notebook(nb[name], tmp_path/folder, given | more).parent, secrets)
     run('detector', 'detector')

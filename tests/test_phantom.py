@@ -11,7 +11,8 @@ from gk_mvlp.config import from_params
 from gk_mvlp.data import phantom
 from gk_mvlp.data.anatomy import REGIONS
 from gk_mvlp.data.knowledge import ENTITY_NAMES, extract_entities
-from gk_mvlp.data.phantom import CONTRAST, OPACITY_CHILDREN, Finding, PhantomConfig, cache_name, hidden_state, load_phantom, make_study, region_boxes, render
+from gk_mvlp.data.phantom import (CONTRAST, OPACITY_CHILDREN, Finding, PhantomConfig, cache_name, hidden_state, load_phantom, make_study,
+                                  region_boxes, render)
 from gk_mvlp.data.registry import load_dataset
 from gk_mvlp.data.study import check_splits, picture_hash, study_to_dict, validate
 from gk_mvlp.paths import GKError
@@ -35,7 +36,8 @@ def test_other_index_or_seed_is_another_picture(studies):
 
 def test_more_studies_do_not_change_the_first_ones(studies):
     bigger = make_study(replace(CONFIG, n=500), 17)
-    assert picture_hash(bigger.image) == picture_hash(studies[17].image) and bigger.report == studies[17].report and bigger.subject_id == studies[17].subject_id
+    assert (picture_hash(bigger.image) == picture_hash(studies[17].image) and bigger.report == studies[17].report
+            and bigger.subject_id == studies[17].subject_id)
 
 def test_truth_and_text_do_not_depend_on_the_size(studies):
     large = make_study(replace(CONFIG, size=96), 5)
@@ -53,7 +55,9 @@ def test_bands_and_windows_do_not_change_a_byte(monkeypatch):
     config = PhantomConfig(n=40, size=72, seed=12, normal=0., clutter=.9)
     drawn = [make_study(config, i) for i in range(14)]
     bands, window = phantom.Canvas.bands, phantom.Canvas.window
-    def wider(*a, **k): return tuple(slice(None if s.start is None else max(0, s.start - 4), None if s.stop is None else s.stop + 4) for s in window(*a, **k))
+    def wider(*a, **k):
+        return tuple(slice(None if s.start is None else max(0, s.start - 4), None if s.stop is None else s.stop + 4)
+                     for s in window(*a, **k))
     for change in ({'bands': lambda self: bands(self, 72 * 5)}, {'bands': lambda self: bands(self, 10 ** 6)}, {'window': wider}):
         with monkeypatch.context() as m:
             for name, f in change.items(): m.setattr(phantom.Canvas, name, f)
@@ -63,7 +67,8 @@ def test_index_outside_is_an_error():
     for i in (-1, CONFIG.n):
         with pytest.raises(GKError, match='outside'): make_study(CONFIG, i)
 
-@pytest.mark.parametrize('bad', [dict(n=0), dict(size=8), dict(seed=-1), dict(normal=1.2), dict(ap=-.1), dict(contrast=-1), dict(noise=float('nan')), dict(severity=(.8, .2)),
+@pytest.mark.parametrize('bad', [dict(n=0), dict(size=8), dict(seed=-1), dict(normal=1.2), dict(ap=-.1), dict(contrast=-1),
+                                 dict(noise=float('nan')), dict(severity=(.8, .2)),
                                  dict(severity=(0, 2)), dict(splits=(.5, .5)), dict(splits=(.5, .2, .2)), dict(splits=(1.2, -.1, -.1))])
 def test_wrong_settings_are_refused_by_name(bad):
     with pytest.raises(GKError, match=next(iter(bad))): PhantomConfig(**bad)
@@ -73,7 +78,8 @@ def test_studies_are_valid_and_complete(studies):
     for s in studies[:200]:
         validate(s)
         assert s.image.dtype == np.uint8 and s.image.shape == (64, 64) and s.image.std() > 25
-        assert set(s.regions) == set(REGIONS) and set(s.labels) == set(ENTITY_NAMES) and s.view in ('AP', 'PA') and s.sex in ('F', 'M') and 18 <= s.age <= 95
+        assert (set(s.regions) == set(REGIONS) and set(s.labels) == set(ENTITY_NAMES) and s.view in ('AP', 'PA') and s.sex in ('F', 'M')
+                and 18 <= s.age <= 95)
         shown = {f.entity for f in s.findings}
         assert {e for e, y in s.labels.items() if y} == shown | ({'lung opacity'} if shown & set(OPACITY_CHILDREN) else set())
 
@@ -84,7 +90,8 @@ def test_anatomy(studies):
     for s in normal:
         mid = lambda r, s=s: (s.regions[r][0] + s.regions[r][2]) / 2
         assert mid('cardiac silhouette') > mid('spine') > mid('right lung') and mid('left lung') > mid('spine') > mid('svc')
-        assert s.regions['cardiac silhouette'][2] - s.regions['cardiac silhouette'][0] < .6 * (s.regions['left lung'][2] - s.regions['right lung'][0])
+        assert (s.regions['cardiac silhouette'][2] - s.regions['cardiac silhouette'][0]
+                < .6 * (s.regions['left lung'][2] - s.regions['right lung'][0]))
         def grey(r, s=s):
             x0, y0, x1, y1 = (np.array(s.regions[r]) * 64).astype(int)
             return np.median(s.image[y0:y1 + 1, x0:x1 + 1])
@@ -97,7 +104,8 @@ def test_zones_lie_in_their_lung_and_angles_at_its_foot(studies):
             for zone in ('upper lung zone', 'mid lung zone', 'lower lung zone', 'apical zone'):
                 b = s.regions[f'{side} {zone}']
                 assert b[0] >= lung[0] - 1e-3 and b[1] >= lung[1] - 1e-3 and b[2] <= lung[2] + 1e-3 and b[3] <= lung[3] + 1e-3
-            assert s.regions[f'{side} upper lung zone'][3] <= s.regions[f'{side} mid lung zone'][3] <= s.regions[f'{side} lower lung zone'][3]
+            assert (s.regions[f'{side} upper lung zone'][3] <= s.regions[f'{side} mid lung zone'][3]
+                    <= s.regions[f'{side} lower lung zone'][3])
             assert abs(s.regions[f'{side} costophrenic angle'][3] - lung[3]) < .06
 
 def test_findings_of_shape_change_the_shape():
@@ -106,7 +114,8 @@ def test_findings_of_shape_change_the_shape():
     for i in range(config.n):
         body, _, labels = hidden_state(config, i)
         width[labels['cardiomegaly']].append(body.heart)
-    assert np.mean(width[1]) > np.mean(width[0]) + .05 and np.quantile(width[1], .1) < np.quantile(width[0], .9), 'larger, but the two overlap'
+    assert np.mean(width[1]) > np.mean(width[0]) + .05 and np.quantile(width[1], .1) < np.quantile(width[0], .9), (
+        'larger, but the two overlap')
 
 def test_prevalence_is_a_long_tail(studies):
     config = PhantomConfig(n=3000, size=32)
@@ -126,7 +135,8 @@ def test_no_patient_and_no_picture_in_two_splits(studies):
 def test_two_studies_of_a_patient_share_the_anatomy(studies):
     pairs = [(a, b) for a, b in zip(studies, studies[1:]) if a.subject_id == b.subject_id]
     assert len(pairs) > 40
-    assert all(a.sex == b.sex and a.age + 1 == b.age and a.attributes['habitus'] == b.attributes['habitus'] and a.split == b.split for a, b in pairs)
+    assert all(a.sex == b.sex and a.age + 1 == b.age and a.attributes['habitus'] == b.attributes['habitus'] and a.split == b.split
+               for a, b in pairs)
     assert any(a.labels != b.labels for a, b in pairs) and any(a.view != b.view for a, b in pairs)
     assert not [s for s in (make_study(replace(CONFIG, two_studies=0), i) for i in range(30)) if s.attributes['visit'] != '0']
 
@@ -151,7 +161,9 @@ def test_report_follows_the_hidden_state(studies):
         for e, v in s.entities.items():
             if v == 1: assert s.labels[e], f'{s.study_id}: asserts {e}, which is not there'
             if v == -1 and s.labels[e]:
-                assert e in missed or (e == 'lung opacity' and missed & set(OPACITY_CHILDREN)), f'{s.study_id}: denies {e} without having missed it'; wrong += 1
+                assert e in missed or (e == 'lung opacity' and missed & set(OPACITY_CHILDREN)), (
+                    f'{s.study_id}: denies {e} without having missed it')
+                wrong += 1
             doubtful += v == 0
     assert wrong > 0 and doubtful > 10, 'noise and doubt are there'
 
@@ -238,11 +250,14 @@ def test_no_finding_is_given_away_by_coarse_pixels():
 
 # ---- difficulty ----
 def test_difficulty_is_reachable_from_a_preset(tmp_path):
-    hard = {'severity': [.1, .4], 'contrast': .8, 'noise': 1.5, 'clutter': 2., 'label_noise': .2, 'hedging': .3, 'boilerplate': .9, 'normal': .2, 'ap': .6, 'two_studies': .1, 'women': .4, 'train_women': .1, 'splits': [.6, .2, .2], 'n': 9, 'size': 32, 'seed': 4}
+    hard = {'severity': [.1, .4], 'contrast': .8, 'noise': 1.5, 'clutter': 2., 'label_noise': .2, 'hedging': .3, 'boilerplate': .9,
+            'normal': .2, 'ap': .6, 'two_studies': .1, 'women': .4, 'train_women': .1, 'splits': [.6, .2, .2], 'n': 9, 'size': 32,
+            'seed': 4}
     assert set(hard) == {f.name for f in fields(PhantomConfig)}, 'a new field belongs here'
     config = from_params(PhantomConfig, hard, 'preset, section data')
     assert asdict(config) == {k: tuple(v) if isinstance(v, list) else v for k, v in hard.items()}
-    assert all(.1 <= float(v) <= .4 for s in load_dataset('phantom', **hard, cache_dir=tmp_path) for k, v in s.attributes.items() if k.startswith('severity:'))
+    assert all(.1 <= float(v) <= .4 for s in load_dataset('phantom', **hard, cache_dir=tmp_path)
+               for k, v in s.attributes.items() if k.startswith('severity:'))
 
 def picture(**kw): return np.stack([make_study(replace(CONFIG, **kw), i).image for i in range(24)]).astype(float)
 
@@ -258,16 +273,20 @@ def test_report_settings_do_what_they_say():
         made = [make_study(replace(CONFIG, normal=0., size=32, **kw), i) for i in range(80)]
         said = [v for s in made for k, v in s.attributes.items() if k.startswith('said:')]
         return said.count('no') / len(said), said.count('doubt') / len(said), np.mean([len(s.report.split()) for s in made])
-    base, missed, doubted, wordy = count(label_noise=0., hedging=0., boilerplate=0.), count(label_noise=.4, hedging=0., boilerplate=0.), count(label_noise=0., hedging=.5, boilerplate=0.), count(label_noise=0., hedging=0., boilerplate=1.)
-    assert base[0] == base[1] == 0 and missed[0] > .25 and missed[1] == 0 and doubted[1] > .25 and doubted[0] == 0 and wordy[2] > base[2] + 10
+    base, missed, doubted, wordy = (count(label_noise=0., hedging=0., boilerplate=0.), count(label_noise=.4, hedging=0., boilerplate=0.),
+                                    count(label_noise=0., hedging=.5, boilerplate=0.), count(label_noise=0., hedging=0., boilerplate=1.))
+    assert (base[0] == base[1] == 0 and missed[0] > .25 and missed[1] == 0 and doubted[1] > .25 and doubted[0] == 0
+            and wordy[2] > base[2] + 10)
 
 def test_duplicate_reports_stay_rare_in_a_large_set():
     config = PhantomConfig(n=2500, size=32, seed=1)
     texts = {True: [], False: []}
     for i in range(config.n):
         body, findings, labels = hidden_state(config, i)
-        texts[any(labels.values())].append(phantom.write_report(config, body, findings, labels, phantom._rng(config, phantom._TEXT, i))[0].split('IMPRESSION')[0])
-    share = {k: 1 - len(set(v)) / len(v) for k, v in texts.items()}      # of the findings alone, the longest part: the whole report repeats less
+        texts[any(labels.values())].append(phantom.write_report(config, body, findings, labels,
+                                                                phantom._rng(config, phantom._TEXT, i))[0].split('IMPRESSION')[0])
+    # of the findings alone, the longest part: the whole report repeats less
+    share = {k: 1 - len(set(v)) / len(v) for k, v in texts.items()}
     assert share[False] < .20 and share[True] < .02, share
 
 # ---- the cache ----

@@ -67,7 +67,9 @@ def test_broken_and_missing_pictures(tmp_path, files):
     with pytest.raises(GKError): c.add([tmp_path/'no.png'], workers=1)
     with pytest.raises(GKError, match='skip'): c.add(files, bad='ignore')
 
-@pytest.mark.parametrize('spoil', [lambda f: next(f.glob('*.npy')).unlink(), lambda f: [p for p in f.glob('*.json') if not p.name.startswith('paths')][0].write_text('[{'), lambda f: [p.unlink() for p in f.glob('paths-*.json')],
+@pytest.mark.parametrize('spoil', [lambda f: next(f.glob('*.npy')).unlink(),
+                                   lambda f: [p for p in f.glob('*.json') if not p.name.startswith('paths')][0].write_text('[{'),
+                                   lambda f: [p.unlink() for p in f.glob('paths-*.json')],
                                    lambda f: [p.write_text('') for p in f.glob('paths-*.json')]])
 def test_a_damaged_cache_is_mended(tmp_path, files, spoil):
     c = filled(tmp_path/'c', files)
@@ -95,7 +97,8 @@ def test_a_killed_filling_leaves_whole_shards(tmp_path, files, monkeypatch):
     monkeypatch.setattr(picture_cache, '_make_shard', real)
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob('c/*/*.npy')}
     c = filled(tmp_path/'c', files)
-    assert len(times) == 2 and all(p.stat().st_mtime_ns == t for p, t in times.items()) and all((c[p][0] == load_square(p, 32)[0]).all() for p in files)
+    assert (len(times) == 2 and all(p.stat().st_mtime_ns == t for p, t in times.items())
+            and all((c[p][0] == load_square(p, 32)[0]).all() for p in files))
 
 def _fill(args):
     c = filled(*args)

@@ -76,7 +76,8 @@ def test_boxes_are_in_the_picture(predictor):
     found = a['found']
     assert found.any() and np.allclose(a['score'], b['score'], atol=1e-6)
     x = (b.loc[found, ['x1', 'x2']] * 64 - 16) / 32
-    assert np.allclose(a.loc[found, ['x1', 'x2']], x.clip(0, 1), atol=1e-6) and np.allclose(a.loc[found, ['y1', 'y2']], b.loc[found, ['y1', 'y2']], atol=1e-6)
+    assert (np.allclose(a.loc[found, ['x1', 'x2']], x.clip(0, 1), atol=1e-6)
+            and np.allclose(a.loc[found, ['y1', 'y2']], b.loc[found, ['y1', 'y2']], atol=1e-6))
 
 
 @pytest.mark.parametrize('mode', ['none', 'predicted', 'all'])
@@ -154,7 +155,8 @@ def test_colour_is_refused_and_grey_is_not(predictor, picture, tmp_path):
 
 
 def test_no_real_radiograph_is_taken_for_a_photo(real_data):
-    files = [p for d in ('covid_chestxray/images', 'nih_chestxray14/images', 'nih_chestxray14/images_64px', 'dicom') for p in sorted((real_data/d).glob('*')) if p.suffix.lower() in ('.png', '.jpg', '.jpeg', '.dcm')]
+    files = [p for d in ('covid_chestxray/images', 'nih_chestxray14/images', 'nih_chestxray14/images_64px', 'dicom')
+             for p in sorted((real_data/d).glob('*')) if p.suffix.lower() in ('.png', '.jpg', '.jpeg', '.dcm')]
     assert len(files) > 500
     refused = []
     for f in files:
@@ -188,10 +190,13 @@ def test_overlay_lights_up_the_strongest_region(predictor, picture):
 
 def test_command(folder, picture, tmp_path, capsys):
     png = write(tmp_path/'x.png', picture)
-    assert main(['predict', str(png), '--model', str(folder), '--question', 'Is there a pneumothorax?', '--json', '--overlay', str(tmp_path/'o.png'), '--report-out', str(tmp_path/'r.txt'), '--prompts', 'all']) == 0
+    assert main(['predict', str(png), '--model', str(folder), '--question', 'Is there a pneumothorax?', '--json', '--overlay',
+                 str(tmp_path/'o.png'), '--report-out', str(tmp_path/'r.txt'), '--prompts', 'all']) == 0
     d = json.loads(capsys.readouterr().out)
-    assert set(d) == {'image', 'model', 'notice', 'prompts', 'regions', 'region_scores', 'entities', 'report', 'answer'} and d['answer']['text'] in ('yes', 'no')
-    assert len(d['entities']) == len(ENTITIES) and all(e['region'] in REGIONS for e in d['entities']) and 'not for clinical use' in d['notice']
+    assert (set(d) == {'image', 'model', 'notice', 'prompts', 'regions', 'region_scores', 'entities', 'report', 'answer'}
+            and d['answer']['text'] in ('yes', 'no'))
+    assert (len(d['entities']) == len(ENTITIES) and all(e['region'] in REGIONS for e in d['entities'])
+            and 'not for clinical use' in d['notice'])
     assert (tmp_path/'r.txt').read_text().strip() == d['report'] and Image.open(tmp_path/'o.png').size[0] == 768
     assert main(['predict', str(png), '--model', str(folder)]) == 0
     said = capsys.readouterr().out
@@ -214,8 +219,10 @@ def test_wrong_models(predictor, folder, tmp_path, picture):
     with pytest.raises(GKError, match='no saved model'): Predictor.from_pretrained(tmp_path)
     predictor.model.save_pretrained(tmp_path/'alone')
     with pytest.raises(GKError, match='no region detector'): Predictor.from_pretrained(tmp_path/'alone')
-    with pytest.raises(GKError, match='no GK module'): Predictor(GKMVLP(ModelConfig(objective='itc', dim=32, image_depth=1), predictor.model.tokenizer), predictor.detector)
-    with pytest.raises(GKError, match='96 pixels and the model 64'): Predictor(predictor.model, RegionDetector(DetectorConfig(image_size=96)))
+    with pytest.raises(GKError, match='no GK module'):
+        Predictor(GKMVLP(ModelConfig(objective='itc', dim=32, image_depth=1), predictor.model.tokenizer), predictor.detector)
+    with pytest.raises(GKError, match='96 pixels and the model 64'):
+        Predictor(predictor.model, RegionDetector(DetectorConfig(image_size=96)))
     with pytest.raises(GKError, match='prompt mode'): predictor(picture, 'oracle')
 
 
@@ -224,7 +231,8 @@ def test_the_largest_finished_study_is_taken(tmp_path, monkeypatch):
     assert find_model() is None
     def finish(preset, run='gk-s0', whole=True):
         for d in (f'{preset}/detector', f'{preset}/pretrain/{run}/model'): (tmp_path/'runs'/d).mkdir(parents=True, exist_ok=True)
-        for f in ('detector/metrics.json', f'pretrain/{run}/model/config.json', *([f'pretrain/{run}/metrics.json'] if whole else [])): (tmp_path/'runs'/preset/f).write_text('{}')
+        for f in ('detector/metrics.json', f'pretrain/{run}/model/config.json', *([f'pretrain/{run}/metrics.json'] if whole else [])):
+            (tmp_path/'runs'/preset/f).write_text('{}')
     finish('smoke'); assert find_model().parts[-4] == 'smoke'
     finish('mini', whole=False); assert find_model().parts[-4] == 'smoke', 'an unfinished run is not taken'
     finish('mini', 'gk-s2'); assert find_model().parts[-4:-1] == ('mini', 'pretrain', 'gk-s2')

@@ -50,7 +50,9 @@ def test_regions_are_those_of_the_detector_up_to_float16(detector, images, tmp_p
     d = detector.detect(batches.to_float(torch.from_numpy(images)))
     plain = detect_regions(detector, images)
     for found in (plain, detect_regions(detector, images, tmp_path, batch_size=7), detect_regions(detector, images, tmp_path)):
-        assert found['region_features'].dtype == torch.float16 and torch.allclose(found['region_features'].float(), d['features'], rtol=1e-3, atol=1e-4) and d['features'].abs().max() > .01
+        assert (found['region_features'].dtype == torch.float16
+                and torch.allclose(found['region_features'].float(), d['features'], rtol=1e-3, atol=1e-4)
+                and d['features'].abs().max() > .01)
         assert all(torch.allclose(found[f'region_{k}'].float(), d[k].float(), atol=1e-5) for k in ('boxes', 'scores', 'valid'))
     assert {p.suffix for p in tmp_path.iterdir()} == {'.npz', '.npy'}, 'no half-written file stays'
     want = StudySet([Study(str(i), 'p', x) for i, x in enumerate(images)], image_size=64, detector=detector)[[5, 2]]
@@ -63,7 +65,8 @@ class Finder:
     def state_dict(self): return {}
     def detect(self, x):
         n = len(x)
-        return {'boxes': torch.rand(n, 29, 4), 'scores': torch.rand(n, 29), 'valid': torch.ones(n, 29, dtype=torch.bool), 'features': x.mean((1, 2, 3)).view(n, 1, 1).expand(n, 29, 2048)}
+        return {'boxes': torch.rand(n, 29, 4), 'scores': torch.rand(n, 29), 'valid': torch.ones(n, 29, dtype=torch.bool),
+                'features': x.mean((1, 2, 3)).view(n, 1, 1).expand(n, 29, 2048)}
 
 
 def test_large_features_stay_on_disk(tmp_path, monkeypatch):
@@ -71,11 +74,14 @@ def test_large_features_stay_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(batches, 'MAX_IN_MEMORY', whole - 1)
     tracemalloc.start()
     try:
-        found = detect_regions(Finder(), pictures, tmp_path)['region_features']; again = detect_regions(Finder(), pictures, tmp_path)['region_features']
+        found = detect_regions(Finder(), pictures, tmp_path)['region_features']
+        again = detect_regions(Finder(), pictures, tmp_path)['region_features']
         _, peak = tracemalloc.get_traced_memory()
     finally: tracemalloc.stop()
     assert peak < whole / 3, f'{peak / 1e6:.0f} MB of arrays for features of {whole / 1e6:.0f} MB'
-    assert found.shape == (400, 29, 2048) and torch.allclose(found[:, 3, 7].float(), batches.to_float(torch.from_numpy(pictures)).mean((1, 2, 3)), rtol=1e-3, atol=1e-3) and torch.equal(found, again)
+    assert (found.shape == (400, 29, 2048)
+            and torch.allclose(found[:, 3, 7].float(), batches.to_float(torch.from_numpy(pictures)).mean((1, 2, 3)), rtol=1e-3, atol=1e-3)
+            and torch.equal(found, again))
 
 
 def test_another_threshold_is_another_detector(images, tmp_path):
@@ -124,11 +130,15 @@ def test_beyond_float16_is_its_largest_number():
     assert batches._half(torch.tensor([1e6, -1e6, .5])).tolist() == [65504, -65504, .5]
 
 
-@pytest.mark.parametrize('objective, source, fields', [('itc', 'detector', set()), ('itc_itm_lm', 'detector', set()), ('itc_itm_lm_ecls', 'detector', set()), ('gk', 'detector', {'boxes', 'valid', 'scores', 'features'}),
-                                                       ('gk_without_ecls', 'detector', {'boxes', 'valid', 'scores', 'features'}), ('gk', 'vit', {'boxes', 'valid', 'scores'}), ('gk', 'none', {'boxes', 'valid', 'scores'})])
+@pytest.mark.parametrize('objective, source, fields',
+                         [('itc', 'detector', set()), ('itc_itm_lm', 'detector', set()), ('itc_itm_lm_ecls', 'detector', set()),
+                          ('gk', 'detector', {'boxes', 'valid', 'scores', 'features'}),
+                          ('gk_without_ecls', 'detector', {'boxes', 'valid', 'scores', 'features'}),
+                          ('gk', 'vit', {'boxes', 'valid', 'scores'}), ('gk', 'none', {'boxes', 'valid', 'scores'})])
 def test_pretraining_detects_what_its_objective_reads(phantoms, detector, tmp_path, monkeypatch, objective, source, fields):
     monkeypatch.setattr(experiments, 'cache_dir', lambda: tmp_path)
-    c = ModelConfig(objective=objective, region_source=source, image_size=64, dim=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=32, heads=2, max_length=24)
+    c = ModelConfig(objective=objective, region_source=source, image_size=64, dim=32, image_depth=1, text_depth=1, encoder_depth=1,
+                    decoder_depth=1, embed_dim=32, heads=2, max_length=24)
     tok = train_tokenizer([s.report for s in phantoms] + prompt_book()[0], 300)
     data = experiments.study_set(phantoms, 'train', tok, detector, c, 1., 0)
     assert {k.removeprefix('region_') for k in data.fields if k.startswith('region_')} == fields
@@ -136,7 +146,8 @@ def test_pretraining_detects_what_its_objective_reads(phantoms, detector, tmp_pa
     assert torch.isfinite(model(data[list(range(6))])['loss']), 'what is left out is not read'
 
 
-@pytest.mark.parametrize('method, need', [('pixels', set()), ('scratch', set()), ('itc', set()), ('itc_itm_lm', {'boxes', 'valid', 'scores'}), ('gk', {'boxes', 'valid', 'scores', 'features'})])
+@pytest.mark.parametrize('method, need', [('pixels', set()), ('scratch', set()), ('itc', set()),
+                                          ('itc_itm_lm', {'boxes', 'valid', 'scores'}), ('gk', {'boxes', 'valid', 'scores', 'features'})])
 def test_classification_detects_what_its_rows_read(phantoms, detector, tmp_path, monkeypatch, method, need):
     monkeypatch.setattr(experiments, 'cache_dir', lambda: tmp_path)
     t = experiments.ClassificationTask(phantoms, 'phantom', method, 100., 0, {'model': {'image_size': 64}}, detector, 0.)
@@ -144,11 +155,13 @@ def test_classification_detects_what_its_rows_read(phantoms, detector, tmp_path,
 
 
 def test_a_box_moved_out_of_the_picture_is_not_valid():
-    s = [Study(f'{i}', 'p', np.full((64, 64), 90, np.uint8), regions={'right lung': (.2, .2, .6, .8), 'left lung': (.985, .2, .999, .8)}) for i in range(60)]
+    s = [Study(f'{i}', 'p', np.full((64, 64), 90, np.uint8), regions={'right lung': (.2, .2, .6, .8), 'left lung': (.985, .2, .999, .8)})
+         for i in range(60)]
     data = StudySet(s, None, 64, augment_strength=1.)
     b = data[list(range(60))]
     there = (b['region_boxes'][..., 2:] > b['region_boxes'][..., :2]).all(-1)
-    assert torch.equal(b['region_valid'], there) and 0 < (~there & data.fields['region_valid']).sum() < 60, 'some leave the picture, some do not'
+    assert torch.equal(b['region_valid'], there) and 0 < (~there & data.fields['region_valid']).sum() < 60, (
+        'some leave the picture, some do not')
     assert data.fields['region_valid'].sum() == 120, 'the next epoch starts from what was found'
 
 
@@ -173,7 +186,8 @@ def test_hashes_are_kept_and_no_known_file_is_opened(files, tmp_path, monkeypatc
     assert picture_hashes(s, cache_dir=tmp_path/'c') == plain and not [p for p in opened if isinstance(p, Path)]
     Image.fromarray(np.full((20, 31), 200, np.uint8)).save(files[4]); os.utime(files[5], ns=(5, 5))
     changed = picture_hashes(s, cache_dir=tmp_path/'c')
-    assert [i for i, (a, b) in enumerate(zip(plain, changed, strict=True)) if a != b] == [4] and {p for p in opened if isinstance(p, Path)} == {files[4], files[5]}
+    assert ([i for i, (a, b) in enumerate(zip(plain, changed, strict=True)) if a != b] == [4]
+            and {p for p in opened if isinstance(p, Path)} == {files[4], files[5]})
     opened.clear(); assert picture_hashes(s, cache_dir=tmp_path/'c') == changed and not [p for p in opened if isinstance(p, Path)]
 
 
@@ -187,7 +201,8 @@ def test_processes_find_the_same_hashes_and_errors(files, tmp_path, monkeypatch)
     with pytest.raises(GKError) as alone: registry.load_image(files[90])
     for where in (None, tmp_path/'c', tmp_path/'new', tmp_path/'new'):
         with pytest.raises(GKError) as err: picture_hashes(studies_of(files), cache_dir=where)
-        assert (str(err.value), err.value.what, err.value.remedy) == (str(alone.value), alone.value.what, alone.value.remedy), 'the first in order, in the same words'
+        assert (str(err.value), err.value.what, err.value.remedy) == (str(alone.value), alone.value.what, alone.value.remedy), (
+            'the first in order, in the same words')
         got = picture_hashes(studies_of(files), 'skip', cache_dir=where)
         assert [i for i, h in enumerate(got) if h != plain[i]] == [90, 120] and got[90] == got[120] == ''
     kept = registry.HashCache(tmp_path/'new'); assert kept[files[60]] == plain[60] and not kept[files[90]]
@@ -223,7 +238,8 @@ def test_two_jobs_at_once_share_the_work(files, tmp_path):
 
 def test_hashes_that_cannot_be_kept_cost_the_cache_only(files, tmp_path):
     (tmp_path/'c').write_text('a file')
-    with pytest.warns(UserWarning, match='not kept'): assert picture_hashes(studies_of(files[:5]), cache_dir=tmp_path/'c') == picture_hashes(studies_of(files[:5]))
+    with pytest.warns(UserWarning, match='not kept'):
+        assert picture_hashes(studies_of(files[:5]), cache_dir=tmp_path/'c') == picture_hashes(studies_of(files[:5]))
 
 
 def test_a_data_set_is_the_same_with_and_without_the_cache(files, tmp_path, monkeypatch):
@@ -261,15 +277,18 @@ def nih(phantoms):
 @pytest.fixture(scope='module')
 def checkpoint(phantoms, tmp_path_factory):
     torch.manual_seed(0)
-    c = ModelConfig(region_source='vit', image_size=64, dim=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=32, heads=2, max_length=24)
-    return str(GKMVLP(c, train_tokenizer([s.report for s in phantoms] + prompt_book()[0], 300)).save_pretrained(tmp_path_factory.mktemp('m')/'model'))
+    c = ModelConfig(region_source='vit', image_size=64, dim=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=32,
+                    heads=2, max_length=24)
+    return str(GKMVLP(c, train_tokenizer([s.report for s in phantoms] + prompt_book()[0],
+                                         300)).save_pretrained(tmp_path_factory.mktemp('m')/'model'))
 
 
 SETTINGS = {'model': {'image_size': 64, 'patch_size': 8, 'region_source': 'vit'}}
 
 
 def test_labels_of_a_preset(nih):
-    assert experiments.asked_labels(SETTINGS, 'nih', nih) is None and experiments.asked_labels({'classes': {'nih': ['mass']}}, 'nih', nih) == ['mass']
+    assert (experiments.asked_labels(SETTINGS, 'nih', nih) is None
+            and experiments.asked_labels({'classes': {'nih': ['mass']}}, 'nih', nih) == ['mass'])
     for wrong in (['mas'], []):
         with pytest.raises(GKError, match='classes of nih'): experiments.asked_labels({'classes': {'nih': wrong}}, 'nih', nih)
     t = lambda s: experiments.ClassificationTask(nih, 'nih', 'pixels', 100., 0, SETTINGS | s, None, 0.).names
@@ -297,14 +316,17 @@ def test_boxes_are_found_under_the_label_of_the_data_set(nih, checkpoint, tmp_pa
     import pandas as pd
     for method in ('gk', task_runs.BASELINE):
         r = task_runs.TaskRun('zero_shot', nih, 'nih', method, 100., 0, SETTINGS, checkpoint=checkpoint)
-        (tmp_path/'maps.parquet').unlink(missing_ok=True); task_runs.run_zero_shot(r, TrainConfig(epochs=1, batch_size=8, lr=1e-3), tmp_path)
+        (tmp_path/'maps.parquet').unlink(missing_ok=True)
+        task_runs.run_zero_shot(r, TrainConfig(epochs=1, batch_size=8, lr=1e-3), tmp_path)
         assert set(pd.read_parquet(tmp_path/'maps.parquet')['label']) == {'pleural effusion'}
-    r = task_runs.TaskRun('zero_shot', nih, 'nih', 'gk', 100., 0, SETTINGS | {'classes': {'nih': ['effusion', 'any_finding']}}, checkpoint=checkpoint)
+    r = task_runs.TaskRun('zero_shot', nih, 'nih', 'gk', 100., 0, SETTINGS | {'classes': {'nih': ['effusion', 'any_finding']}},
+                          checkpoint=checkpoint)
     p = Probing(r, ProbeConfig(detailed=(), reports=False), [100.])
     p.config = replace(p.config, detailed=('gk',))                            # for the priors of maps
     assert set(probe_maps(p)['label']) == {'pleural effusion'}
     f = probe_predictions(p)
-    assert set(f[f['protocol'] == 'ecls']['label']) == {'effusion'} and set(f[f['protocol'] == 'zero_shot']['label']) == {'effusion', 'any_finding'}
+    assert (set(f[f['protocol'] == 'ecls']['label']) == {'effusion'}
+            and set(f[f['protocol'] == 'zero_shot']['label']) == {'effusion', 'any_finding'})
     run_probing(p, tmp_path)
     assert set(pd.read_parquet(tmp_path/'areas.parquet')['label']) == {'effusion'}, 'areas go with the labels of the scores'
 
@@ -327,5 +349,6 @@ def test_every_rule_sees_its_data_sets_options_and_labels():
     for rule, text in found.items():
         other = lambda **k: value(text, replace(p, **k))
         assert other(dataset_options={'d': {'variant': 'original'}}) != value(text, p), f'{rule} does not see dataset_options'
-        assert other(dataset_options={'e': {'variant': 'original'}}) == value(text, p), f'{rule} is run again for options of another data set'
+        assert other(dataset_options={'e': {'variant': 'original'}}) == value(text, p), (
+            f'{rule} is run again for options of another data set')
         if rule not in ('detector', 'pretrain'): assert other(classes={'d': ['mass']}) != value(text, p), f'{rule} does not see classes'

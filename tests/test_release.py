@@ -21,7 +21,8 @@ from gk_mvlp.tasks.classification import Classifier
 
 def make(seed=0, **kw):
     torch.manual_seed(seed)
-    return GKMVLP(ModelConfig(**{'dim': 32, 'image_depth': 2, 'text_depth': 1, 'encoder_depth': 1, 'decoder_depth': 1, 'vocab_size': 400, 'max_length': 24} | kw), train_tokenizer(prompt_book()[0], 400)).eval()
+    return GKMVLP(ModelConfig(**{'dim': 32, 'image_depth': 2, 'text_depth': 1, 'encoder_depth': 1, 'decoder_depth': 1, 'vocab_size': 400,
+                                 'max_length': 24} | kw), train_tokenizer(prompt_book()[0], 400)).eval()
 
 
 def pictures(n, size=64): return torch.from_numpy(np.random.default_rng(n).integers(0, 256, (n, size, size), np.uint8))
@@ -44,7 +45,8 @@ def test_onnx_parity(tmp_path, kw, classes):
         got = session.run(None, {'pictures': x.numpy()})
         with torch.no_grad():
             images = to_float(x)
-            want = [model.features({'images': images}), model.entity_scores(model.image_encoder(images)[:, 0])] + ([head({'images': images})] if head else [])
+            want = ([model.features({'images': images}), model.entity_scores(model.image_encoder(images)[:, 0])]
+                    + ([head({'images': images})] if head else []))
         assert len(got) == len(want)
         for a, b in zip(got, want, strict=True):
             assert a.shape == tuple(b.shape) and np.allclose(a, b.numpy(), rtol=1e-3, atol=2e-4), np.abs(a - b.numpy()).max()
@@ -66,22 +68,30 @@ def study(tmp_path, monkeypatch):
     make().save_pretrained(run/'model')
     save_detector(RegionDetector(DetectorConfig()), tmp_path/'runs/mini/detector/model')
     (tmp_path/'runs/mini/detector/metrics.json').write_text('{}')
-    (run/'config.json').write_text(json.dumps({'settings': {'train': {'batch_size': 32, 'lr': 7e-4, 'seed': 0}}, 'data_fingerprint': 'abc123'}))
-    (run/'metrics.json').write_text(json.dumps({'n_train': 561, 'n_val': 77, 'epochs': 13, 'itc_start': 3.47, 'itc_end': 3.46, 'itc_verdict': 'stuck', 'lm_start': 6.9, 'lm_end': 2.1, 'lm_verdict': 'ok'}))
+    (run/'config.json').write_text(json.dumps({'settings': {'train': {'batch_size': 32, 'lr': 7e-4, 'seed': 0}},
+                                               'data_fingerprint': 'abc123'}))
+    (run/'metrics.json').write_text(json.dumps({'n_train': 561, 'n_val': 77, 'epochs': 13, 'itc_start': 3.47, 'itc_end': 3.46,
+                                                'itc_verdict': 'stuck', 'lm_start': 6.9, 'lm_end': 2.1, 'lm_verdict': 'ok'}))
     tables = tmp_path/'paper_results/mini/tables'
     tables.mkdir(parents=True)
     return run/'model', tables
 
 
-def table(**kw): return {'task': 'classification', 'dataset': 'phantom', 'method': 'gk', 'ratio': 10., 'metric': 'auroc', 'mean': .71234, 'low': .65, 'high': .77, 'seeds': 3, 'n': 160, **kw}
+def table(**kw):
+    return {'task': 'classification', 'dataset': 'phantom', 'method': 'gk', 'ratio': 10., 'metric': 'auroc', 'mean': .71234, 'low': .65,
+            'high': .77, 'seeds': 3, 'n': 160, **kw}
 
 
 def test_card_says_what_the_files_say(study):
     model, tables = study
     card = model_card(Predictor.from_pretrained(model))
-    for text in ('561 training and 77 validation', 'synthetic X-rays', '13 epochs', 'stuck', 'the study has no tables', 'Not measured', 'Apache-2.0', 'Research only, not for clinical use.'): assert text in card, text
+    for text in ('561 training and 77 validation', 'synthetic X-rays', '13 epochs', 'stuck', 'the study has no tables', 'Not measured',
+                 'Apache-2.0', 'Research only, not for clinical use.'):
+        assert text in card, text
     pd.DataFrame([table(), table(method='scratch', mean=.6)]).to_csv(tables/'classification.csv', index=False)
-    pd.DataFrame([table(task='subgroups', attribute='sex', group='F', factor=None, mean=.5551), table(task='subgroups', attribute='sex', group='F', factor='women', mean=.4441)]).to_csv(tables/'subgroups.csv', index=False)
+    pd.DataFrame([table(task='subgroups', attribute='sex', group='F', factor=None, mean=.5551),
+                  table(task='subgroups', attribute='sex', group='F', factor='women', mean=.4441)]).to_csv(tables/'subgroups.csv',
+                      index=False)
     pd.DataFrame({'difference': [1.]}).to_csv(tables/'comparisons.csv', index=False)
     card = model_card(Predictor.from_pretrained(model))
     assert '0.712 (0.650 to 0.770)' in card and '0.600' not in card and 'no tables' not in card and 'Not measured' not in card
@@ -92,9 +102,11 @@ def test_card_says_what_the_files_say(study):
 def test_card_reads_the_tables_that_studies_write(root):
     "The committed study: every row has a value, and the groups of patients are told from the rest."
     t = study_results(root/'paper_results/mini/tables')
-    assert not t['value (95 % interval)'].str.contains('nan').any() and {'classification', 'detector', 'vqa', 'grounding', 'subgroups'} <= set(t['task'])
+    assert (not t['value (95 % interval)'].str.contains('nan').any()
+            and {'classification', 'detector', 'vqa', 'grounding', 'subgroups'} <= set(t['task']))
     groups = t[t['task'] == 'subgroups']
-    assert {'sex', 'age', 'view'} <= set(groups['attribute']) and {'F', 'M', 'gap', 'worst'} <= set(groups['group']) and set(groups['metric']) == {'auroc'} and not groups.duplicated(['attribute', 'group']).any()
+    assert ({'sex', 'age', 'view'} <= set(groups['attribute']) and {'F', 'M', 'gap', 'worst'} <= set(groups['group'])
+            and set(groups['metric']) == {'auroc'} and not groups.duplicated(['attribute', 'group']).any())
 
 
 def test_tables_without_the_columns_are_left_out(tmp_path):

@@ -1,6 +1,7 @@
 "The strict runner: parameters, failures, stale runs; and the command line's errors."
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,14 +15,17 @@ from gk_mvlp.study.launch import check_preset
 
 
 def notebook(path, body, params='epochs: int = 1\nlr: float = 0.1\nname: str = "a"\nflag: bool = False\noptions: dict = {}\nout: str = ""'):
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(params, metadata={'tags': ['parameters']}), nbformat.v4.new_code_cell(body)])
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(params, metadata={'tags': ['parameters']}),
+                                         nbformat.v4.new_code_cell(body)])
     nbformat.write(nb, path)
     return path
 
 
 @pytest.mark.parametrize('params, says', [
-    ({'epoch': 1}, "unknown parameter 'epoch'. Did you mean 'epochs'"), ({'epochs': '3'}, 'not int'), ({'epochs': True}, 'not int'), ({'epochs': 1.5}, 'not int'),
-    ({'flag': 'true'}, 'not bool'), ({'flag': 1}, 'not bool'), ({'lr': 'fast'}, 'not float'), ({'options': '[1,2]'}, 'not dict'), ({'name': 3}, 'not str')])
+    ({'epoch': 1}, "unknown parameter 'epoch'. Did you mean 'epochs'"), ({'epochs': '3'}, 'not int'), ({'epochs': True}, 'not int'),
+    ({'epochs': 1.5}, 'not int'),
+    ({'flag': 'true'}, 'not bool'), ({'flag': 1}, 'not bool'), ({'lr': 'fast'}, 'not float'), ({'options': '[1,2]'}, 'not dict'),
+    ({'name': 3}, 'not str')])
 def test_wrong_parameters_are_refused_before_a_kernel_starts(tmp_path, params, says):
     with pytest.raises(GKError) as e: R.run_notebook(notebook(tmp_path/'n.ipynb', ''), tmp_path/'run', params)
     assert says in str(e.value) and '\n' not in str(e.value) and not (tmp_path/'run').exists()
@@ -33,7 +37,8 @@ def test_parameters_need_annotations(tmp_path, cell, says):
 
 
 def test_a_good_run_leaves_everything(tmp_path):
-    body = 'from gk_mvlp.study.run import begin_run, end_run\nrun = begin_run(out, "paper", {"epochs": epochs}, "abc")\nend_run(run, {"auroc": 0.5, "undefined": float("nan")})'
+    body = ('from gk_mvlp.study.run import begin_run, end_run\nrun = begin_run(out, "paper", {"epochs": epochs}, "abc")\nend_run(run, '
+            '{"auroc": 0.5, "undefined": float("nan")})')
     R.run_notebook(notebook(tmp_path/'n.ipynb', body), tmp_path/'run', {'epochs': 3, 'lr': 1})
     files = {p.name for p in (tmp_path/'run').iterdir()}
     assert {'run.ipynb', 'config.json', 'metrics.json', 'env.json'} <= files
@@ -46,14 +51,16 @@ def test_a_good_run_leaves_everything(tmp_path):
 def test_a_failed_run_is_kept_and_says_one_line(tmp_path):
     from gk_mvlp.study.run import main
     nb = notebook(tmp_path/'n.ipynb', 'from gk_mvlp.paths import GKError\nraise GKError("picture x.png: truncated", "Copy it again.")')
-    r = subprocess.run([sys.executable, '-m', 'gk_mvlp.study.run', str(nb), str(tmp_path/'run'), '--params', '{}'], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-m', 'gk_mvlp.study.run', str(nb), str(tmp_path/'run'), '--params', '{}'], capture_output=True,
+                       text=True)
     lines = [l for l in r.stderr.splitlines() if l.strip()]
     assert r.returncode == 1 and len(lines) == 1 and 'picture x.png: truncated. Copy it again.' in lines[0]
     assert (tmp_path/'run/run.ipynb').is_file() and not (tmp_path/'run/metrics.json').exists()
 
 
 def test_a_bug_names_the_notebook(tmp_path):
-    with pytest.raises(GKError, match=r'ZeroDivisionError.*run\.ipynb'): R.run_notebook(notebook(tmp_path/'n.ipynb', '1/0'), tmp_path/'run', {})
+    with pytest.raises(GKError, match=r'ZeroDivisionError.*run\.ipynb'):
+        R.run_notebook(notebook(tmp_path/'n.ipynb', '1/0'), tmp_path/'run', {})
 
 
 def test_a_run_without_metrics_is_no_run(tmp_path):
@@ -79,6 +86,12 @@ def test_committed_notebooks_are_well_formed(root):
             assert R.notebook_parameters(path), path
             assert not any(c.get('outputs') for c in nb.cells if c.cell_type == 'code'), f'{path}: outputs belong into runs/'
             assert sum(len(c.source.splitlines()) for c in nb.cells if c.cell_type == 'code') <= 60, f'{path}: its code belongs in a module'
+        for i, source in enumerate(c.source for c in nb.cells if c.cell_type == 'code'):
+            assert len(source.splitlines()) <= 46, f'{path}: code cell {i} has over 46 lines'
+            inside = {n for s in re.finditer(r'(\'\'\'|\"\"\").*?\1', source, re.S)
+                      for n in range(source.count('\n', 0, s.start()), source.count('\n', 0, s.end()) + 1)}
+            wide = [x for n, x in enumerate(source.splitlines()) if len(x) > 140 and n not in inside]
+            assert not wide, f'{path}: code cell {i} has a line of over 140 characters: {wide[0].strip()[:60]} ...'
     numbers = [p.name.split('_')[0] for p in (root/'nbs').rglob('*.ipynb')]
     assert len(numbers) == len(set(numbers)), 'numbers are the reading order and unique'
 
@@ -90,7 +103,8 @@ def test_presets_are_valid(name):
 
 
 def cli(*args, **env):
-    return subprocess.run([sys.executable, '-c', 'import sys; from gk_mvlp.cli import main; sys.exit(main())', *args], capture_output=True, text=True, env=os.environ | env)
+    return subprocess.run([sys.executable, '-c', 'import sys; from gk_mvlp.cli import main; sys.exit(main())', *args], capture_output=True,
+                          text=True, env=os.environ | env)
 
 
 @pytest.mark.parametrize('args, says', [
@@ -122,8 +136,10 @@ def test_latin1_preset_names_the_byte(tmp_path):
     assert r.returncode == 1 and 'not UTF-8' in r.stderr
 
 
-CREDENTIALED = 'about: a test\ndata: {n: 40, size: 64}\ndetector: {image_size: 64, train: {epochs: 1, batch_size: 8}}\nmodel: {}\npretrain: {}\nfinetune: {}\ncredentialed: true\n'
-LEAKS = ['print("CANARY p10000032")', 'import sys; print("CANARY", file=sys.stderr)', 'import warnings; warnings.warn("CANARY")', '"CANARY"', 'from IPython.display import display, HTML; display(HTML("<p>CANARY</p>"))',
+CREDENTIALED = ('about: a test\ndata: {n: 40, size: 64}\ndetector: {image_size: 64, train: {epochs: 1, batch_size: 8}}\nmodel: '
+                '{}\npretrain: {}\nfinetune: {}\ncredentialed: true\n')
+LEAKS = ['print("CANARY p10000032")', 'import sys; print("CANARY", file=sys.stderr)', 'import warnings; warnings.warn("CANARY")',
+         '"CANARY"', 'from IPython.display import display, HTML; display(HTML("<p>CANARY</p>"))',
          'import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()']
 
 
@@ -131,8 +147,10 @@ LEAKS = ['print("CANARY p10000032")', 'import sys; print("CANARY", file=sys.stde
 def test_nothing_of_credentialed_data_stays_in_a_notebook(tmp_path, fails):
     "Printed, warned, shown, drawn or raised: only cells tagged 'aggregate' keep output, and no message of an error survives."
     (tmp_path/'secret.yaml').write_text(CREDENTIALED)
-    last = 'raise ValueError("CANARY p10000032")' if fails else 'from gk_mvlp.study.run import begin_run, end_run\nend_run(begin_run(out, "paper", {}), {"auroc": .8})\n"kept: .8"'
-    cells = [nbformat.v4.new_code_cell('preset: str = ""\nout: str = ""', metadata={'tags': ['parameters']}), *map(nbformat.v4.new_code_cell, LEAKS), nbformat.v4.new_code_cell(last, metadata={'tags': ['aggregate']})]
+    last = ('raise ValueError("CANARY p10000032")' if fails
+            else 'from gk_mvlp.study.run import begin_run, end_run\nend_run(begin_run(out, "paper", {}), {"auroc": .8})\n"kept: .8"')
+    cells = [nbformat.v4.new_code_cell('preset: str = ""\nout: str = ""', metadata={'tags': ['parameters']}),
+             *map(nbformat.v4.new_code_cell, LEAKS), nbformat.v4.new_code_cell(last, metadata={'tags': ['aggregate']})]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path/'n.ipynb')
     params = {'preset': str(tmp_path/'secret.yaml')}
     if fails:
@@ -140,7 +158,8 @@ def test_nothing_of_credentialed_data_stays_in_a_notebook(tmp_path, fails):
     else: R.run_notebook(tmp_path/'n.ipynb', tmp_path/'run', params)
     nb = nbformat.read(tmp_path/'run/run.ipynb', as_version=4)
     outputs = json.dumps([c.get('outputs', []) for c in nb.cells])
-    assert 'CANARY' not in outputs and 'p10000032' not in outputs and 'image/png' not in outputs and not (tmp_path/'run/kernel.log').exists()
+    assert ('CANARY' not in outputs and 'p10000032' not in outputs and 'image/png' not in outputs
+            and not (tmp_path/'run/kernel.log').exists())
     assert ('ValueError' in outputs) if fails else ('kept: .8' in outputs)
     (tmp_path/'open.yaml').write_text(CREDENTIALED.replace('true', 'false'))
     if not fails:

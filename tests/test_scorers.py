@@ -24,7 +24,8 @@ def fresh():
 def frame(n=40, seed=0):
     r = np.random.default_rng(seed)
     say = lambda: ' '.join(f'w{k}' for k in np.flatnonzero(r.random(14) < .3)) + ' effusion'
-    return pd.DataFrame({'study_id': [f's{i}' for i in range(n)], 'reference': [say() for _ in range(n)], 'candidate': [say() for _ in range(n)]})
+    return pd.DataFrame({'study_id': [f's{i}' for i in range(n)], 'reference': [say() for _ in range(n)],
+                         'candidate': [say() for _ in range(n)]})
 
 
 def plant(monkeypatch, name, cls, make): monkeypatch.setitem(sys.modules, name, SimpleNamespace(**{cls: make}))
@@ -40,11 +41,13 @@ def test_chexbert_metrics_are_those_of_scikit_learn(monkeypatch):
     assert len(asked) == len(set(asked)), 'each text once'
     y, p = (np.array([[int(f'w{k}' in t.split()) for k in range(14)] for t in f[c]]) for c in ('reference', 'candidate'))
     v = report_metrics(f, meteor=False)
-    assert v['chexbert_f1'][0] == pytest.approx(f1_score(y, p, average='micro')) and v['chexbert_macro_f1'][0] == pytest.approx(f1_score(y, p, average='macro'))
+    assert (v['chexbert_f1'][0] == pytest.approx(f1_score(y, p, average='micro'))
+            and v['chexbert_macro_f1'][0] == pytest.approx(f1_score(y, p, average='macro')))
 
 
 def test_radgraph_is_the_mean_of_its_rewards_in_every_resample(monkeypatch):
-    plant(monkeypatch, 'radgraph', 'F1RadGraph', lambda reward_level: lambda hyps, refs: (0, list(np.linspace(0, 1, len(hyps))), [], []) if reward_level == 'partial' else None)
+    plant(monkeypatch, 'radgraph', 'F1RadGraph', lambda reward_level: lambda hyps,
+          refs: (0, list(np.linspace(0, 1, len(hyps))), [], []) if reward_level == 'partial' else None)
     f = scorers.add_scores(frame(), ['radgraph'])
     w = np.random.default_rng(0).integers(0, 3, (5, 40)).astype(float)
     assert np.allclose(report_metrics(f, w, meteor=False)['radgraph_f1'], w @ np.linspace(0, 1, 40) / w.sum(1))
@@ -72,5 +75,6 @@ def test_missing_package_and_missing_weights_say_what_to_do(monkeypatch):
 
 def test_not_asked_for_is_absent():
     assert not {'chexbert_f1', 'radgraph_f1'} & set(report_metrics(frame(), meteor=False))
-    t = pd.DataFrame([{'task': 'report_generation', 'dataset': 'd', 'method': 'gk', 'protocol': 'finetune', 'ratio': 100., 'metric': m, 'mean': .5, 'low': .4, 'high': .6, 'note': ''} for m in ('bleu_4', 'radgraph_f1')])
+    t = pd.DataFrame([{'task': 'report_generation', 'dataset': 'd', 'method': 'gk', 'protocol': 'finetune', 'ratio': 100., 'metric': m,
+                       'mean': .5, 'low': .4, 'high': .6, 'note': ''} for m in ('bleu_4', 'radgraph_f1')])
     assert list(task_wide(t, 'report_generation', 'd')) == ['bleu_4', 'radgraph_f1']

@@ -33,7 +33,8 @@ def slurm(tmp_path):
     folder = tmp_path/'slurm'
     r = subprocess.run(['bash', str(HERE/'slurm/cluster.sh'), 'start', str(folder)], capture_output=True, text=True)
     if r.returncode: pytest.skip(f'Slurm does not start here: {" ".join(r.stderr.split())[:300]}')
-    yield os.environ | {'SLURM_CONF': str(folder/'slurm.conf'), 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', 'GK_MVLP_OUT': str(tmp_path/'out')}
+    yield os.environ | {'SLURM_CONF': str(folder/'slurm.conf'), 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+                        'GK_MVLP_OUT': str(tmp_path/'out')}
     subprocess.run(['bash', str(HERE/'slurm/cluster.sh'), 'stop', str(folder)])
 
 
@@ -45,8 +46,10 @@ def queue(env) -> dict[str, str]:
 
 def test_the_profile_of_the_repository_plans_a_study(tmp_path, root):
     "Without a cluster: the graph must not need what only local runs have, such as a number of cores."
-    command = snakemake_command('smoke', '', str(tmp_path/'runs'), str(tmp_path/'results'), 2, dry_run=True, profile=str(root/'profiles/slurm'))
-    r = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'})
+    command = snakemake_command('smoke', '', str(tmp_path/'runs'), str(tmp_path/'results'), 2, dry_run=True,
+                                profile=str(root/'profiles/slurm'))
+    r = subprocess.run(command, capture_output=True, text=True,
+                       env=os.environ | {'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'})
     assert r.returncode == 0, r.stderr[-2000:]
 
 

@@ -10,8 +10,10 @@ from sklearn.metrics import average_precision_score, brier_score_loss, f1_score,
 from statsmodels.stats.multitest import multipletests
 
 from gk_mvlp.evaluation.metrics import UndefinedMetric, auroc, ece
-from gk_mvlp.evaluation.statistics import (PatientSampler, aggregate_seeds, bootstrap_ci, bootstrap_p, class_thresholds, delong, holm, macro_weighted, paired_bootstrap, patient_weights,
-                                           percentile_interval, permutation_test, seed_interval, seed_mean, seed_draws, table_draws, weighted_auprc, weighted_auroc, weighted_f1, weighted_mean, with_whole)
+from gk_mvlp.evaluation.statistics import (PatientSampler, aggregate_seeds, bootstrap_ci, bootstrap_p, class_thresholds, delong, holm,
+                                           macro_weighted, paired_bootstrap, patient_weights,
+                                           percentile_interval, permutation_test, seed_interval, seed_mean, seed_draws, table_draws,
+                                           weighted_auprc, weighted_auroc, weighted_f1, weighted_mean, with_whole)
 from gk_mvlp.paths import GKError
 
 
@@ -37,11 +39,13 @@ def test_same_seed_same_interval_whatever_the_order_of_patient_names():
     y, s = binormal(np.random.default_rng(0)); g = np.arange(200)
     a = bootstrap_ci(auroc, (y, s), g, 200, seed=1)
     assert a == bootstrap_ci(auroc, (y, s), g, 200, seed=1) and a != bootstrap_ci(auroc, (y, s), g, 200, seed=2)
-    state = np.random.get_state()[1].copy(); bootstrap_ci(auroc, (y, s), g, 50); assert (np.random.get_state()[1] == state).all(), 'no global random state'
+    state = np.random.get_state()[1].copy(); bootstrap_ci(auroc, (y, s), g, 50)
+    assert (np.random.get_state()[1] == state).all(), 'no global random state'
 
 
 def test_a_thousand_resamples_of_three_hundred_take_under_two_seconds():
-    y, s = binormal(np.random.default_rng(0), 300); t = time.process_time(); bootstrap_ci(auroc, (y, s), np.arange(300) // 2); assert time.process_time() - t < 2
+    y, s = binormal(np.random.default_rng(0), 300); t = time.process_time(); bootstrap_ci(auroc, (y, s), np.arange(300) // 2)
+    assert time.process_time() - t < 2
 
 
 def test_the_interval_of_a_mean_is_the_textbook_one():
@@ -52,7 +56,8 @@ def test_the_interval_of_a_mean_is_the_textbook_one():
 
 def test_repeating_every_study_adds_no_certainty():
     y, s = binormal(np.random.default_rng(0), 120); g = np.arange(120); w = lambda c: c.high - c.low
-    one = w(bootstrap_ci(auroc, (y, s), g)); five = w(bootstrap_ci(auroc, (np.repeat(y, 5), np.repeat(s, 5)), np.repeat(g, 5))); naive = w(bootstrap_ci(auroc, (np.repeat(y, 5), np.repeat(s, 5)), np.arange(600)))
+    one = w(bootstrap_ci(auroc, (y, s), g)); five = w(bootstrap_ci(auroc, (np.repeat(y, 5), np.repeat(s, 5)), np.repeat(g, 5)))
+    naive = w(bootstrap_ci(auroc, (np.repeat(y, 5), np.repeat(s, 5)), np.arange(600)))
     assert five == pytest.approx(one, rel=.1) and naive < .6 * one
 
 
@@ -67,7 +72,9 @@ def test_undefined_resamples_are_counted_and_too_many_are_refused():
 
 def test_bad_input_is_refused():
     y, s, g = np.array([0, 1, 0, 1]), np.arange(4.), np.arange(4)
-    for args, why in (((auroc, (y, s), g[:3]), 'lengths'), ((auroc, (y, s[:3]), g), 'lengths'), ((auroc, (y, s), [0, 0, 0, 0]), 'only one patient'), ((auroc, (y, s), [0, None, 1, 2]), 'missing'), ((auroc, (y, s), g, 5), 'resamples'),
+    for args, why in (((auroc, (y, s), g[:3]), 'lengths'), ((auroc, (y, s[:3]), g), 'lengths'),
+                      ((auroc, (y, s), [0, 0, 0, 0]), 'only one patient'), ((auroc, (y, s), [0, None, 1, 2]), 'missing'),
+                      ((auroc, (y, s), g, 5), 'resamples'),
                       ((auroc, (y, np.array([0, 1, np.nan, 2])), g), 'NaN')):
         with pytest.raises(GKError, match=why): bootstrap_ci(*args)
     with pytest.raises(GKError, match='level'): bootstrap_ci(auroc, (y, s), g, level=95)
@@ -80,7 +87,9 @@ def coverage(interval, reps, truth):
     hit = [(c := interval(r)).low <= truth <= c.high for r in range(reps)]; return np.mean(hit)
 
 
-def auroc_interval(rep, n_boot): y, s = binormal(np.random.default_rng(rep), 150); return bootstrap_ci(auroc, (y, s), np.arange(150), n_boot, seed=rep)
+def auroc_interval(rep, n_boot):
+    y, s = binormal(np.random.default_rng(rep), 150)
+    return bootstrap_ci(auroc, (y, s), np.arange(150), n_boot, seed=rep)
 
 
 def test_coverage_quick():
@@ -102,7 +111,8 @@ def test_coverage_of_auroc_and_of_patient_clusters():
 def test_paired_bootstrap_mirrors_and_pairs():
     y, a, b = paired(np.random.default_rng(0), db=1.8); g = np.arange(150)
     ab, ba = paired_bootstrap(auroc, y, a, b, g), paired_bootstrap(auroc, y, b, a, g)
-    assert ab.difference == pytest.approx(auroc(y, b) - auroc(y, a)) == -ba.difference and ab.low == pytest.approx(-ba.high) and ab.p == pytest.approx(ba.p) and ab.p < .05 and ab.low > 0
+    assert (ab.difference == pytest.approx(auroc(y, b) - auroc(y, a)) == -ba.difference and ab.low == pytest.approx(-ba.high)
+            and ab.p == pytest.approx(ba.p) and ab.p < .05 and ab.low > 0)
     same = paired_bootstrap(auroc, y, a, a, g); assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
     assert paired_bootstrap(auroc, y, a, b, g, n_boot=100).p >= 2 / 101, 'p is never 0'
 
@@ -112,14 +122,17 @@ def test_false_alarms_are_as_rare_as_promised():
     p = []
     for rep in range(80):
         y, a, b = paired(np.random.default_rng(rep), 100); g = np.arange(100)
-        p.append((paired_bootstrap(auroc, y, a, b, g, 150, rep).p, permutation_test(auroc, y, a, b, g, 150, rep, ranks=True), delong(y, a, b).p))
+        p.append((paired_bootstrap(auroc, y, a, b, g, 150, rep).p, permutation_test(auroc, y, a, b, g, 150, rep, ranks=True),
+                  delong(y, a, b).p))
     rate = (np.array(p) < .05).mean(0); assert (rate < .13).all() and (np.array(p) < .5).mean(0).min() > .3, rate
     assert np.corrcoef(np.array(p).T).min() > .9, 'three tests of one question agree'
 
 
 def test_permutation_swaps_whole_patients():
     y, a, b = paired(np.random.default_rng(1), 40); g = np.arange(40); rep = lambda x: np.repeat(x, 6)
-    once, together, apart = permutation_test(auroc, y, a, b, g, 500, ranks=True), permutation_test(auroc, rep(y), rep(a), rep(b), rep(g), 500, ranks=True), permutation_test(auroc, rep(y), rep(a), rep(b), np.arange(240), 500, ranks=True)
+    once, together, apart = (permutation_test(auroc, y, a, b, g, 500, ranks=True),
+                             permutation_test(auroc, rep(y), rep(a), rep(b), rep(g), 500, ranks=True),
+                             permutation_test(auroc, rep(y), rep(a), rep(b), np.arange(240), 500, ranks=True))
     assert together == pytest.approx(once, abs=.08) and apart < once - .1
 
 
@@ -137,12 +150,14 @@ def delong_by_pairs(y, a, b):
     auc = [p.mean() for p in psi]; cov = np.zeros((2, 2))
     for i in range(2):
         for j in range(2):
-            cov[i, j] = ((psi[i].mean(1) - auc[i]) * (psi[j].mean(1) - auc[j])).sum() / (n1 - 1) / n1 + ((psi[i].mean(0) - auc[i]) * (psi[j].mean(0) - auc[j])).sum() / (n0 - 1) / n0
+            cov[i, j] = (((psi[i].mean(1) - auc[i]) * (psi[j].mean(1) - auc[j])).sum() / (n1 - 1) / n1
+                         + ((psi[i].mean(0) - auc[i]) * (psi[j].mean(0) - auc[j])).sum() / (n0 - 1) / n0)
     return auc, cov
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 9), st.integers(0, 9)), min_size=6, max_size=40).filter(lambda x: 2 <= sum(r[0] for r in x) <= len(x) - 2))
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 9), st.integers(0, 9)), min_size=6,
+                max_size=40).filter(lambda x: 2 <= sum(r[0] for r in x) <= len(x) - 2))
 def test_delong_agrees_with_its_definition(rows):
     y, a, b = np.array(rows).T; auc, cov = delong_by_pairs(y, a, b); var = cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]
     if var < 1e-12 and abs(auc[0] - auc[1]) > 1e-9:
@@ -179,9 +194,12 @@ def seeds_of(rng, y, n, spread, noise=1.): return [y * k + noise * rng.normal(si
 def test_seed_interval_holds_both_variances():
     rng = np.random.default_rng(0); y = rng.integers(0, 2, 200); g = np.arange(200); w = lambda c: c.high - c.low
     same = [1.2 * y + rng.normal(size=200)] * 3
-    assert w(aggregate_seeds(auroc, y, same, g)) == pytest.approx(w(bootstrap_ci(auroc, (y, same[0]), g)), rel=.1), 'equal seeds: patients only'
-    one = aggregate_seeds(auroc, y, same[:1], g); assert one.n_seeds == 1 and w(one) == pytest.approx(w(bootstrap_ci(auroc, (y, same[0]), g)), rel=.1)
-    wild = aggregate_seeds(auroc, y, seeds_of(rng, y, 5, 1.), g); assert wild.n_seeds == 5 and wild.value == pytest.approx(np.mean(wild.per_seed)) and w(wild) > 1.3 * w(one)
+    assert w(aggregate_seeds(auroc, y, same, g)) == pytest.approx(w(bootstrap_ci(auroc, (y, same[0]), g)), rel=.1), (
+        'equal seeds: patients only')
+    one = aggregate_seeds(auroc, y, same[:1], g)
+    assert one.n_seeds == 1 and w(one) == pytest.approx(w(bootstrap_ci(auroc, (y, same[0]), g)), rel=.1)
+    wild = aggregate_seeds(auroc, y, seeds_of(rng, y, 5, 1.), g)
+    assert wild.n_seeds == 5 and wild.value == pytest.approx(np.mean(wild.per_seed)) and w(wild) > 1.3 * w(one)
 
 
 def test_seeds_alone_give_students_interval():
@@ -198,7 +216,8 @@ def test_a_true_null_is_rejected_no_more_often_than_stated(n_seeds, patients):
     rng, p = np.random.default_rng(n_seeds), []
     for _ in range(400):
         common = patients * rng.normal(size=301)
-        values = rng.normal(size=(n_seeds, 1)) + np.r_[common[0], common[0] + patients * rng.normal(size=300)]    # on all data, then on resamples around it
+        # on all data, then on resamples around it
+        values = rng.normal(size=(n_seeds, 1)) + np.r_[common[0], common[0] + patients * rng.normal(size=300)]
         p.append(bootstrap_p(seed_mean(values, seed_draws(n_seeds, 300))[1]))
     assert np.mean(np.array(p) < .05) < .08
 
@@ -235,14 +254,16 @@ def test_coverage_over_seeds_and_patients():
     truth = np.mean(norm.cdf(np.random.default_rng(99).normal(1.2, .6, 20000) / 2 ** .5)); hit = []
     for rep in range(200):
         rng = np.random.default_rng(rep); y = rng.integers(0, 2, 150); sc = seeds_of(rng, y, 5, .6); g = np.arange(150)
-        c, one = aggregate_seeds(auroc, y, sc, g, 200, rep), bootstrap_ci(auroc, (y, sc[0]), g, 200, rep); hit.append((c.low <= truth <= c.high, one.low <= truth <= one.high))
+        c, one = aggregate_seeds(auroc, y, sc, g, 200, rep), bootstrap_ci(auroc, (y, sc[0]), g, 200, rep)
+        hit.append((c.low <= truth <= c.high, one.low <= truth <= one.high))
     both, patients = np.mean(hit, 0); assert both > .85 and both > patients + .15, (both, patients)
 
 
 # ---- weights and indices are one resampling
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4), st.integers(0, 5)), min_size=8, max_size=40).filter(lambda x: len({r[0] for r in x}) == 2 and len({r[2] for r in x}) > 1))
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4), st.integers(0, 5)), min_size=8,
+                max_size=40).filter(lambda x: len({r[0] for r in x}) == 2 and len({r[2] for r in x}) > 1))
 def test_weighted_metrics_are_the_metrics_of_the_repeated_studies(rows):
     "Against scikit-learn on the studies repeated as often as drawn; NaN exactly where a class is missing."
     y, s, g = (np.array(c) for c in zip(*rows)); w = patient_weights(g, 30)
@@ -257,17 +278,21 @@ def test_weighted_metrics_are_the_metrics_of_the_repeated_studies(rows):
 
 
 def test_macro_weighted_agrees_with_scikit_learn_class_by_class():
-    rng = np.random.default_rng(0); y = (rng.random((300, 4)) < [.4, .2, .1, 0]).astype(float); p = np.clip(np.where(y == 1, .6, .3) + .2 * rng.normal(size=y.shape), 0, 1)
+    rng = np.random.default_rng(0); y = (rng.random((300, 4)) < [.4, .2, .1, 0]).astype(float)
+    p = np.clip(np.where(y == 1, .6, .3) + .2 * rng.normal(size=y.shape), 0, 1)
     y[rng.random(y.shape) < .1] = np.nan; t = np.array([.4, .5, np.nan, .5]); w = patient_weights(np.arange(300) // 2, 5)
 
     def mean(f, classes): return [np.mean([f(c, ~np.isnan(y[:, c]), k) for c in classes]) for k in w]
-    for m, f, classes in (('auroc', lambda c, k, w: roc_auc_score(y[k, c], p[k, c], sample_weight=w[k]), (0, 1, 2)), ('auprc', lambda c, k, w: average_precision_score(y[k, c], p[k, c], sample_weight=w[k]), (0, 1, 2)),
-                          ('brier', lambda c, k, w: brier_score_loss(y[k, c], p[k, c], sample_weight=w[k]), (0, 1, 2)), ('f1', lambda c, k, w: f1_score(y[k, c], p[k, c] >= t[c], sample_weight=w[k]), (0, 1)),
+    for m, f, classes in (('auroc', lambda c, k, w: roc_auc_score(y[k, c], p[k, c], sample_weight=w[k]), (0, 1, 2)),
+                          ('auprc', lambda c, k, w: average_precision_score(y[k, c], p[k, c], sample_weight=w[k]), (0, 1, 2)),
+                          ('brier', lambda c, k, w: brier_score_loss(y[k, c], p[k, c], sample_weight=w[k]), (0, 1, 2)),
+                          ('f1', lambda c, k, w: f1_score(y[k, c], p[k, c] >= t[c], sample_weight=w[k]), (0, 1)),
                           ('accuracy', lambda c, k, w: np.average((p[k, c] >= t[c]) == (y[k, c] == 1), weights=w[k]), (0, 1))):
         got, n = macro_weighted(m, y, p, w, t)
         assert n == len(classes) and np.allclose(got, mean(f, classes)), m
     got, _ = macro_weighted('ece', y, p, np.ones((1, 300)))
-    assert got[0] == pytest.approx(np.mean([ece(y[k, c], p[k, c]) for c in range(3) for k in [~np.isnan(y[:, c])]])), 'unweighted: the metric of 50_metrics'
+    assert got[0] == pytest.approx(np.mean([ece(y[k, c], p[k, c]) for c in range(3) for k in [~np.isnan(y[:, c])]])), (
+        'unweighted: the metric of 50_metrics')
 
 
 def test_macro_weighted_refuses():
@@ -289,17 +314,22 @@ def test_fast_and_slow_paths_give_the_same_interval():
 
 
 def test_a_bootstrap_p_is_never_zero_and_never_above_one():
-    assert bootstrap_p(np.ones(99)) == pytest.approx(2 / 100) and bootstrap_p(np.zeros(99)) == 1 and bootstrap_p(np.r_[np.ones(50), -np.ones(50)]) == 1
+    assert (bootstrap_p(np.ones(99)) == pytest.approx(2 / 100) and bootstrap_p(np.zeros(99)) == 1
+            and bootstrap_p(np.r_[np.ones(50), -np.ones(50)]) == 1)
 
 
 @pytest.mark.slow
 def test_coverage_of_weighted_auroc_auprc_f1_and_accuracy():
     "The 95 % interval of the tables holds the truth in 92 to 98 % of 500 trials, two studies a patient. Truths from two million studies."
-    def draw(rng, n): p = np.repeat(rng.random(n) < .4, 2); return p.astype(float), 1.2 * p + np.repeat(rng.normal(size=n), 2) * .7 + rng.normal(size=2 * n) * .7
+    def draw(rng, n):
+        p = np.repeat(rng.random(n) < .4, 2)
+        return p.astype(float), 1.2 * p + np.repeat(rng.normal(size=n), 2) * .7 + rng.normal(size=2 * n) * .7
     y, s = draw(np.random.default_rng(10**6), 10**6); one = np.ones((1, len(y)))
-    def values(y, s, w): return np.stack([weighted_auroc(y, s, w), weighted_auprc(y, s, w), weighted_f1(y, s > .6, w), weighted_mean((s > .6) == y, w)])
+    def values(y, s, w):
+        return np.stack([weighted_auroc(y, s, w), weighted_auprc(y, s, w), weighted_f1(y, s > .6, w), weighted_mean((s > .6) == y, w)])
     truth, hits = values(y, s, one)[:, 0], []
     for rep in range(500):
         y, s = draw(np.random.default_rng(rep), 150)
-        hits.append([lo <= t <= hi for t, (lo, hi) in zip(truth, (percentile_interval(v) for v in values(y, s, patient_weights(np.arange(300) // 2, 500, rep))), strict=True)])
+        hits.append([lo <= t <= hi for t, (lo, hi) in zip(truth, (percentile_interval(v) for v in values(y, s,
+            patient_weights(np.arange(300) // 2, 500, rep))), strict=True)])
     assert ((c := np.mean(hits, 0)) >= .92).all() and (c <= .98).all(), c

@@ -33,7 +33,8 @@ BIN, ROOT = Path(sys.executable).parent, Path(__file__).resolve().parents[1]
 
 def paper(out, *args, **env):
     env = os.environ | {'GK_MVLP_OUT': str(out), 'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}'} | env
-    return subprocess.run([str(BIN/'gk-mvlp'), 'paper', '--preset', 'smoke', '--cores', '2', *args], capture_output=True, text=True, env=env)
+    return subprocess.run([str(BIN/'gk-mvlp'), 'paper', '--preset', 'smoke', '--cores', '2', *args], capture_output=True, text=True,
+                          env=env)
 
 
 @pytest.fixture(scope='module')
@@ -49,20 +50,24 @@ def test_everything_is_there(study):
     out, said = study
     p = load_preset('smoke')
     results = out/'paper_results/smoke'
-    for name in ('classification', 'classification_classes', 'comparisons', 'detector', 'zero_shot', 'localization', 'report_generation', 'vqa', 'ablation', 'grounding', 'robustness'):
+    for name in ('classification', 'classification_classes', 'comparisons', 'detector', 'zero_shot', 'localization', 'report_generation',
+                 'vqa', 'ablation', 'grounding', 'robustness'):
         for kind in ('csv', 'md', 'tex'): assert (results/f'tables/{name}.{kind}').stat().st_size > 0
     for name in ('losses', 'roc', 'reliability', 'low_data', 'regions', 'grounding', 'forest', 'ablations', 'robustness', 'reports'):
         assert (results/f'figures/{name}.pdf').stat().st_size > 0
         picture = np.asarray(Image.open(results/f'figures/{name}.png').convert('L'))
         assert picture.std() > 5, f'{name} is not blank'
-    runs = [out/'runs/smoke/classification'/j for j in classification_jobs(p)] + [out/'runs/smoke/detector', out/'runs/smoke/pretrain/gk-s0', out/'runs/smoke/pretrain/itc_itm_lm-s0']
+    runs = ([out/'runs/smoke/classification'/j for j in classification_jobs(p)]
+            + [out/'runs/smoke/detector', out/'runs/smoke/pretrain/gk-s0', out/'runs/smoke/pretrain/itc_itm_lm-s0'])
     runs += [out/'runs/smoke'/j for j in task_jobs(p)]
     for r in runs:
         assert {'run.ipynb', 'config.json', 'metrics.json', 'env.json'} <= {f.name for f in r.iterdir()}, r
         nb = nbformat.read(r/'run.ipynb', as_version=4)
         assert nb.metadata.papermill.exception is None and nb.metadata.papermill.end_time
-        if 'pretrain' in str(r) or 'classification' in str(r) or r.name == 'detector': assert 'image/png' in json.dumps([c.get('outputs', []) for c in nb.cells]), f'{r}: its figures are in the notebook'
-    assert 'REPORT.md, tables/, figures/ and manifest.json' in said and 'Classification (AUROC' in said and '| verdict' in said and 'AUPRC' not in said
+        if 'pretrain' in str(r) or 'classification' in str(r) or r.name == 'detector':
+            assert 'image/png' in json.dumps([c.get('outputs', []) for c in nb.cells]), f'{r}: its figures are in the notebook'
+    assert ('REPORT.md, tables/, figures/ and manifest.json' in said and 'Classification (AUROC' in said and '| verdict' in said
+            and 'AUPRC' not in said)
 
 
 def test_the_table_is_recomputed_from_predictions(study):
@@ -70,23 +75,28 @@ def test_the_table_is_recomputed_from_predictions(study):
     out, _ = study
     table = pd.read_csv(out/'paper_results/smoke/tables/classification.csv')
     assert {'task', 'dataset', 'method', 'ratio', 'metric', 'mean', 'low', 'high', 'seeds', 'n'} <= set(table.columns)
-    assert {'constant', 'pixels', 'scratch', 'itc_itm_lm', 'gk', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts'} <= set(table['method'])
+    assert ({'constant', 'pixels', 'scratch', 'itc_itm_lm', 'gk', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts'}
+            <= set(table['method']))
     assert {'auroc', 'auprc', 'f1', 'accuracy', 'brier', 'ece'} == set(table['metric'])
     table = table[table['metric'] == 'auroc']
     for r in table.itertuples():
         f = pd.read_parquet(out/'runs/smoke'/r.runs.split()[0]/'predictions.parquet')
         f = f[(f['split'] == 'test') & (f['method'] == r.method) & (f['protocol'] == r.protocol)].dropna(subset=['y'])
         each = [auroc(g['y'].to_numpy(), g['score'].to_numpy()) for _, g in f.groupby('label') if g['y'].nunique() == 2]
-        assert np.isclose(np.mean(each), r.mean, atol=1e-5) and r.low <= r.mean + 1e-9 and r.mean <= r.high + 1e-9 and r.n == f['study_id'].nunique()
+        assert (np.isclose(np.mean(each), r.mean, atol=1e-5) and r.low <= r.mean + 1e-9 and r.mean <= r.high + 1e-9
+                and r.n == f['study_id'].nunique())
     assert np.allclose(table.loc[table['method'] == 'constant', ['mean', 'low', 'high']], .5)
 
 
 def test_task_tables_hold_baselines_and_the_columns_of_every_table(study):
     out, _ = study
-    need = {'zero_shot': {'constant', 'gk', 'centre', 'train_prior'}, 'localization': {'constant', 'gk'}, 'report_generation': {'constant_normal', 'most_frequent', 'nearest_neighbour', 'gk', 'gk-null_prompts'}, 'vqa': {'majority', 'question_only', 'gk'}}
+    need = {'zero_shot': {'constant', 'gk', 'centre', 'train_prior'}, 'localization': {'constant', 'gk'},
+            'report_generation': {'constant_normal', 'most_frequent', 'nearest_neighbour', 'gk', 'gk-null_prompts'},
+            'vqa': {'majority', 'question_only', 'gk'}}
     for task, methods in need.items():
         t = pd.read_csv(out/f'paper_results/smoke/tables/{task}.csv')
-        assert {'task', 'dataset', 'method', 'ratio', 'metric', 'mean', 'low', 'high', 'seeds', 'n'} <= set(t.columns) and methods <= set(t['method']), task
+        assert ({'task', 'dataset', 'method', 'ratio', 'metric', 'mean', 'low', 'high', 'seeds', 'n'} <= set(t.columns)
+                and methods <= set(t['method'])), task
         ok = t.dropna(subset=['low', 'high']); assert len(ok) and (ok['low'] <= ok['high']).all()
 
 
@@ -98,14 +108,16 @@ def test_test_patients_are_new(study):
         f = pd.read_parquet(r/'predictions.parquet')
         train = {s.split('-')[0] for s in json.loads((r/'subset.json').read_text())['study_ids']}
         groups = {k: set(g['study_id']) for k, g in f.groupby('split')}
-        assert not groups['val'] & groups['test'] and not set(json.loads((r/'subset.json').read_text())['study_ids']) & (groups['val'] | groups['test'])
+        assert (not groups['val'] & groups['test']
+                and not set(json.loads((r/'subset.json').read_text())['study_ids']) & (groups['val'] | groups['test']))
         patients = {k: set(g['subject_id']) for k, g in f.groupby('split')}
         assert not patients['val'] & patients['test'] and train
 
 
 def test_subsets_are_nested(study):
     out, _ = study
-    ids = {r: set(json.loads((out/f'runs/smoke/classification/phantom-gk-r{r}-s0/subset.json').read_text())['study_ids']) for r in (10, 100)}
+    ids = {r: set(json.loads((out/f'runs/smoke/classification/phantom-gk-r{r}-s0/subset.json').read_text())['study_ids'])
+           for r in (10, 100)}
     other = set(json.loads((out/'runs/smoke/classification/phantom-scratch-r10-s0/subset.json').read_text())['study_ids'])
     assert ids[10] < ids[100] and ids[10] == other, 'every method gets the same labels'
 
@@ -138,13 +150,15 @@ def test_the_report_reads_gates_before_comparisons(study):
 def test_the_report_shows_every_figure_once(study):
     results = study[0]/'paper_results/smoke'
     text = (results/'REPORT.md').read_text()
-    assert sorted(re.findall(r'\]\(figures/(\w+)\.png\)', text)) == sorted(f.stem for f in (results/'figures').glob('*.png')) and text.count(NOTE) == 1
+    assert (sorted(re.findall(r'\]\(figures/(\w+)\.png\)', text)) == sorted(f.stem for f in (results/'figures').glob('*.png'))
+            and text.count(NOTE) == 1)
     assert 'Further figures' not in text and text.index('figures/losses.png') < text.index('## In short')
 
 
 def test_the_legend_of_reliability_is_the_calibration_error_of_the_table(study):
     out, _ = study
-    t = pd.read_csv(out/'paper_results/smoke/tables/classification.csv').query("metric == 'ece' and protocol == 'linear_probe' and ratio == 100").set_index('method')['mean']
+    t = pd.read_csv(out/'paper_results/smoke/tables/classification.csv').query("metric == 'ece' and protocol == 'linear_probe' and "
+                                                                               "ratio == 100").set_index('method')['mean']
     for m in ('pixels', 'gk'):
         f = pd.read_parquet(out/f'runs/smoke/classification/phantom-{m}-r100-s0/predictions.parquet')
         f = f[(f['split'] == 'test') & (f['method'] == m) & (f['protocol'] == 'linear_probe')]
@@ -161,7 +175,8 @@ def test_metrics_of_a_pretraining(study):
 
 
 def verified(out):
-    return subprocess.run([str(BIN/'gk-mvlp'), 'verify', '--preset', 'smoke'], capture_output=True, text=True, env=os.environ | {'GK_MVLP_OUT': str(out), 'PYTHONWARNINGS': 'ignore'})
+    return subprocess.run([str(BIN/'gk-mvlp'), 'verify', '--preset', 'smoke'], capture_output=True, text=True,
+                          env=os.environ | {'GK_MVLP_OUT': str(out), 'PYTHONWARNINGS': 'ignore'})
 
 
 def test_verify(study, tmp_path):
@@ -177,7 +192,9 @@ def test_verify(study, tmp_path):
     report = out/'paper_results/smoke/REPORT.md'; report.write_text(report.read_text().replace('| not supported', '| supported'))
     r = verified(out)
     assert r.returncode == 1 and 'Traceback' not in r.stderr
-    for part in ('classification/phantom-gk-r100-s0/predictions.parquet: is not the file', 'classification.csv, row', 'REPORT.md: is not the file', 'REPORT.md: does not follow'): assert part in r.stderr, part
+    for part in ('classification/phantom-gk-r100-s0/predictions.parquet: is not the file', 'classification.csv, row',
+                 'REPORT.md: is not the file', 'REPORT.md: does not follow'):
+        assert part in r.stderr, part
     f.write_bytes(kept)
     shutil.rmtree(out/'runs')
     r = verified(out)
@@ -208,7 +225,8 @@ own = run.code_hash
 run.code_hash = lambda stage: 'another' if stage in {stages!r} else own(stage)"""
 
 
-@pytest.mark.parametrize('stages, again', [((), set()), (('paper',), {'tables', 'task_tables', 'study', 'figures', 'report', 'manifest'}), (('probing',), {'probing', 'study', 'figures', 'report', 'manifest'})])
+@pytest.mark.parametrize('stages, again', [((), set()), (('paper',), {'tables', 'task_tables', 'study', 'figures', 'report', 'manifest'}),
+                                           (('probing',), {'probing', 'study', 'figures', 'report', 'manifest'})])
 def test_what_runs_again_when_code_has_changed(study, tmp_path, stages, again):
     "The stages whose code has another text, and what rests on them; a library file that was only written anew is no change."
     out, _ = study
@@ -217,7 +235,8 @@ def test_what_runs_again_when_code_has_changed(study, tmp_path, stages, again):
     r = paper(out, '--dry-run', PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}')
     assert r.returncode == 0, r.stderr
     rules = {'detector', 'pretrain', 'classification', 'task', 'probing', 'tables', 'task_tables', 'study', 'figures', 'report', 'manifest'}
-    assert {line.split()[0] for line in r.stdout.splitlines() if line.split()[:1] and line.split()[0] in rules and line.split()[-1].isdigit()} == again
+    assert {line.split()[0] for line in r.stdout.splitlines() if line.split()[:1] and line.split()[0] in rules
+            and line.split()[-1].isdigit()} == again
 
 
 def test_snakemake_has_the_timers_that_the_snakefile_turns_off(root):
@@ -252,7 +271,8 @@ time.sleep(600)"""
 
 def called(tmp_path, ignores=False):
     "A command that waits for a stand-in of Snakemake with one job: (the command, pid of the stand-in, pid of its job)."
-    p = subprocess.Popen([sys.executable, '-c', CALLER, str(tmp_path), STAND_IN.replace('IGNORES', str(ignores))], stdout=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    p = subprocess.Popen([sys.executable, '-c', CALLER, str(tmp_path), STAND_IN.replace('IGNORES', str(ignores))], stdout=subprocess.PIPE,
+                         text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
     return p, *map(int, p.stdout.readline().split())
 
 
@@ -298,7 +318,8 @@ def test_a_killed_job_continues_to_the_same_weights(study, tmp_path):
     assert again.returncode == 0, again.stderr
     epochs = pd.read_csv(run/'history.csv')['epoch'].tolist()
     assert epochs == list(range(1, len(epochs) + 1))
-    a, b = (load_file(r/'model/model.safetensors') for r in (run, out/'runs/smoke/pretrain/gk-s0'))   # not the bytes: the order of the header is not fixed
+    # not the bytes: the order of the header is not fixed
+    a, b = (load_file(r/'model/model.safetensors') for r in (run, out/'runs/smoke/pretrain/gk-s0'))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -310,7 +331,8 @@ def copy_of_real_data(real_data, tmp_path):
     return root
 
 
-@pytest.mark.parametrize('damage, says', [('picture', '.jpg'), ('encoding', 'metadata.csv: not UTF-8'), ('column', 'clinical_notes'), ('folder', 'covid_chestxray')])
+@pytest.mark.parametrize('damage, says', [('picture', '.jpg'), ('encoding', 'metadata.csv: not UTF-8'), ('column', 'clinical_notes'),
+                                          ('folder', 'covid_chestxray')])
 def test_damaged_data_is_one_line(real_data, tmp_path, damage, says):
     root = copy_of_real_data(real_data, tmp_path)
     table = root/'covid_chestxray/metadata.csv'
@@ -320,7 +342,8 @@ def test_damaged_data_is_one_line(real_data, tmp_path, damage, says):
     elif damage == 'column': table.write_text(table.read_text(encoding='utf-8').replace('clinical_notes', 'notes', 1), encoding='utf-8')
     else: shutil.rmtree(root/'covid_chestxray')
     params = json.dumps({'preset': 'public', 'data': str(root), 'objective': 'gk', 'seed': 0})
-    r = subprocess.run([sys.executable, '-m', 'gk_mvlp.study.run', 'nbs/experiments/71_pretrain.ipynb', str(tmp_path/'run'), '--params', params], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-m', 'gk_mvlp.study.run', 'nbs/experiments/71_pretrain.ipynb', str(tmp_path/'run'), '--params',
+                        params], capture_output=True, text=True)
     lines = r.stderr.strip().splitlines()
     assert r.returncode == 1 and len(lines) == 1 and says in lines[0] and 'Traceback' not in r.stdout + r.stderr, r.stderr
 

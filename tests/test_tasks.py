@@ -29,7 +29,8 @@ from gk_mvlp.tasks.classification import label_matrix
 from gk_mvlp.training.batches import StudySet
 from gk_mvlp.training.trainer import TrainConfig
 
-SMALL = dict(dim=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=16, vocab_size=400, max_length=32, region_source='vit')
+SMALL = dict(dim=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=16, vocab_size=400, max_length=32,
+             region_source='vit')
 
 
 @pytest.fixture(scope='module')
@@ -63,13 +64,16 @@ def test_images_without_boxes_train_too(phantoms, head):
     b = data[list(range(6))]; b['labels'] = b['labels'] * 0
     losses = net(b); assert torch.isfinite(losses['loss']); losses['loss'].backward()
     b = data[list(range(6))]; assert torch.isfinite(net(b)['loss'])
-    found = net.detect(data); assert len(found) == 6 and all((f[0] >= 0).all() and (f[0] <= 1).all() and len(f[1]) <= 30 and set(f[2]) <= set(names) for f in found)
+    found = net.detect(data)
+    assert len(found) == 6 and all((f[0] >= 0).all() and (f[0] <= 1).all() and len(f[1]) <= 30 and set(f[2]) <= set(names) for f in found)
 
 
 def test_a_frozen_encoder_does_not_move(phantoms, tmp_path):
     part = {k: [s for s in phantoms if s.split == k] for k in ('train', 'val')}; names = L.box_names(part['train'])
     e = encoder(); before = {k: v.clone() for k, v in e.state_dict().items()}
-    net, _ = L.fit_localization(e, L.BoxSet(part['train'], names), L.BoxSet(part['val'], names), L.LocalizationConfig(frozen=True, channels=32), TrainConfig(epochs=1, batch_size=16, lr=1e-3, lr_scale={'net.backbone.model': .5}), tmp_path, quiet=True)
+    net, _ = L.fit_localization(e, L.BoxSet(part['train'], names), L.BoxSet(part['val'], names),
+                                L.LocalizationConfig(frozen=True, channels=32),
+                                TrainConfig(epochs=1, batch_size=16, lr=1e-3, lr_scale={'net.backbone.model': .5}), tmp_path, quiet=True)
     assert all(torch.equal(v, before[k]) for k, v in net.model.state_dict().items())
     net.train(); assert not net.model.training and net.net.backbone.pyramid.training
 
@@ -85,7 +89,8 @@ def test_boxes_return_to_the_picture_they_came_from(monkeypatch):
     data = L.BoxSet([s], ['mass']); net = L.FindingDetector(encoder(), 1, 64, L.LocalizationConfig(channels=32))
     target = data.boxes[0, 0] * 64
     assert target.tolist() == pytest.approx([16, 16 + .2 * 32, 32, 16 + .6 * 32])
-    monkeypatch.setattr(net.net, 'forward', lambda images, targets=None: [{'boxes': target[None], 'scores': torch.ones(1), 'labels': torch.ones(1, dtype=torch.long)}])
+    monkeypatch.setattr(net.net, 'forward', lambda images,
+                        targets=None: [{'boxes': target[None], 'scores': torch.ones(1), 'labels': torch.ones(1, dtype=torch.long)}])
     (box, score, name), = net.detect(data); assert box[0] == pytest.approx((.25, .2, .5, .6), abs=1e-6) and name == ['mass']
 
 
@@ -93,14 +98,18 @@ def test_localization_refuses(phantoms, tmp_path):
     with pytest.raises(GKError, match='no training study has a finding box'): L.box_names([Study('a', 'p', split='train')])
     with pytest.raises(GKError, match='head'): L.LocalizationConfig(head='yolo')
     bare = [replace(s, findings=[]) for s in phantoms[:4]]
-    with pytest.raises(GKError, match='no validation study'): L.fit_localization(encoder(), L.BoxSet(phantoms[:4], ['mass']), L.BoxSet(bare, ['mass']), L.LocalizationConfig(), TrainConfig(epochs=1, batch_size=2, lr=1e-3), tmp_path)
+    with pytest.raises(GKError, match='no validation study'):
+        L.fit_localization(encoder(), L.BoxSet(phantoms[:4], ['mass']), L.BoxSet(bare, ['mass']), L.LocalizationConfig(),
+                           TrainConfig(epochs=1, batch_size=2, lr=1e-3), tmp_path)
 
 
 def test_constant_boxes_are_medians_of_training_boxes():
     train = [Study(str(i), str(i), findings=[FindingBox('a', (0, 0, .1 * (i + 1), .5))]) for i in range(3)] + [Study('x', 'x')]
-    (box, score, name), second = L.constant_boxes(train, ['a', 'b'], 2); assert box.tolist() == [pytest.approx([0, 0, .2, .5])] and score == [.75] and name == ['a'] and second[2] == ['a']
+    (box, score, name), second = L.constant_boxes(train, ['a', 'b'], 2)
+    assert box.tolist() == [pytest.approx([0, 0, .2, .5])] and score == [.75] and name == ['a'] and second[2] == ['a']
     both = train + [Study('y', 'y', findings=[FindingBox('a', (.6, 0, .9, .5)), FindingBox('a', (.1, 0, .3, .5))])]
-    box, score, name = L.constant_boxes(both, ['a'], 1)[0]; assert len(box) == 2 and box[1].tolist() == [.6, 0, .9, .5] and score.tolist() == [.8, .2], 'a box for each side'
+    box, score, name = L.constant_boxes(both, ['a'], 1)[0]
+    assert len(box) == 2 and box[1].tolist() == [.6, 0, .9, .5] and score.tolist() == [.8, .2], 'a box for each side'
     assert L.constant_boxes([Study('x', 'x')], ['a'], 1)[0][0].shape == (0, 4)
 
 
@@ -116,7 +125,8 @@ def test_reports_do_not_depend_on_the_batch(phantoms, tokenizer):
 def test_memory_kinds(phantoms, tokenizer):
     b = StudySet(phantoms[:3], tokenizer, 64, 32)[[0, 1, 2]]; m = new_model(tokenizer)
     image, gk, null, wrong = (G.visual_memory(m, b, k)[0] for k in G.MEMORIES)
-    assert image.shape[1] == 65 and gk.shape[1] == 65 + 29 and not torch.allclose(gk, null) and not torch.allclose(gk, wrong) and torch.allclose(gk[:, :65], image)
+    assert (image.shape[1] == 65 and gk.shape[1] == 65 + 29 and not torch.allclose(gk, null) and not torch.allclose(gk, wrong)
+            and torch.allclose(gk[:, :65], image))
     with pytest.raises(GKError, match='GK module'): G.visual_memory(new_model(tokenizer, 'itc_itm_lm'), b, 'gk')
     with pytest.raises(GKError, match='memory'): G.visual_memory(m, b, 'words')
 
@@ -137,22 +147,27 @@ def test_report_baselines():
 
 
 def test_the_loss_of_a_split_is_the_mean_over_its_studies(phantoms, tokenizer):
-    data = StudySet(phantoms[:10], tokenizer, 64, 32, augment_strength=1.); net = G.ReportGenerator(new_model(tokenizer, 'itc_itm_lm'), 'image').eval()
+    data = StudySet(phantoms[:10], tokenizer, 64, 32, augment_strength=1.)
+    net = G.ReportGenerator(new_model(tokenizer, 'itc_itm_lm'), 'image').eval()
     assert G.mean_loss(net, data, 10) == pytest.approx(G.mean_loss(net, data, 10)) and data.strength == 1.
 
 
 # ---- questions
 
-def qa_study(i, split, *qa): return Study(f'{split}{i}', f'{split}{i}', np.full((32, 32), 99, np.uint8), qa=[QA(*q) for q in qa], split=split)
+def qa_study(i, split, *qa):
+    return Study(f'{split}{i}', f'{split}{i}', np.full((32, 32), 99, np.uint8), qa=[QA(*q) for q in qa], split=split)
 
 
 def test_answers_come_from_training_alone(tokenizer):
-    train = [qa_study(0, 'train', ('q?', 'The left lung', 'open', 'place'), ('r?', 'yes', 'closed', 'presence'))]; test = [qa_study(1, 'test', ('q?', 'left lung.', 'open', 'place')), qa_study(2, 'test', ('q?', 'spleen', 'open', 'place'))]
+    train = [qa_study(0, 'train', ('q?', 'The left lung', 'open', 'place'), ('r?', 'yes', 'closed', 'presence'))]
+    test = [qa_study(1, 'test', ('q?', 'left lung.', 'open', 'place')), qa_study(2, 'test', ('q?', 'spleen', 'open', 'place'))]
     space = V.answer_space(question_frame(train)); assert space == {'left lung': 'The left lung', 'yes': 'yes'}
     data = V.QASet(test, tokenizer, list(space), 32, 16); assert data[[0, 1]]['answer'].tolist() == [0, -1]
-    model = GKMVLP(ModelConfig(image_size=32, objective='itc_itm_lm', **SMALL), tokenizer); net = V.VQAModel(model, 'image', 'classification', list(space))
+    model = GKMVLP(ModelConfig(image_size=32, objective='itc_itm_lm', **SMALL), tokenizer)
+    net = V.VQAModel(model, 'image', 'classification', list(space))
     assert net(data[[1]])['loss'] == 0, 'an unknown answer teaches nothing'
-    said = V.answer_questions(net, data); assert set(said) <= set(space) and vqa_metrics(data.frame.assign(prediction=said))['accuracy'][0] <= .5, 'and cannot be given'
+    said = V.answer_questions(net, data)
+    assert set(said) <= set(space) and vqa_metrics(data.frame.assign(prediction=said))['accuracy'][0] <= .5, 'and cannot be given'
 
 
 def test_each_question_gets_its_own_picture(phantoms, tokenizer):
@@ -163,7 +178,8 @@ def test_each_question_gets_its_own_picture(phantoms, tokenizer):
     assert b['asked'].tolist() == [0, 1, 1] and torch.equal(b['images'], data.pictures[[2, 0]]['images'])
     rows = [i for k in (2, 0) for i in data.frame.index[data.frame['study_id'].map(own) == k]]
     words = tokenizer.batch_decode(b['question_ids'], skip_special_tokens=True)
-    assert words == tokenizer.batch_decode(tokenizer(data.frame['question'][rows].tolist(), truncation=True, max_length=24)['input_ids'], skip_special_tokens=True)
+    assert words == tokenizer.batch_decode(tokenizer(data.frame['question'][rows].tolist(), truncation=True, max_length=24)['input_ids'],
+                                           skip_special_tokens=True)
 
 
 @pytest.mark.parametrize('form', V.FORMS)
@@ -171,15 +187,18 @@ def test_loss_of_a_batch_is_the_mean_over_its_questions(phantoms, tokenizer, for
     data = V.QASet(phantoms[:4], tokenizer, ['yes', 'no', 'left', 'right'], 64, 24); torch.manual_seed(0)
     net = V.VQAModel(new_model(tokenizer), 'gk', form, data.answers).eval()
     with torch.no_grad():
-        one = [(net(b)['loss'], int((b['answer'] >= 0).sum()) if form == 'classification' else int(b['answer_mask'][:, 1:].sum())) for b in (data[[i]] for i in range(4))]
+        one = [(net(b)['loss'], int((b['answer'] >= 0).sum()) if form == 'classification' else int(b['answer_mask'][:, 1:].sum()))
+               for b in (data[[i]] for i in range(4))]
         whole = float(net(data[range(4)])['loss'])
     assert whole == pytest.approx(float(sum(l * n for l, n in one) / sum(n for _, n in one)), rel=1e-4)
 
 
 @pytest.mark.parametrize('form', V.FORMS)
 def test_answers_do_not_depend_on_the_batch(phantoms, tokenizer, form):
-    data = V.QASet(phantoms[:5], tokenizer, ['yes', 'no', 'left'], 64, 24); torch.manual_seed(0); net = V.VQAModel(new_model(tokenizer), 'gk', form, data.answers)
-    assert V.answer_questions(net, data) == V.answer_questions(net, data, batch_size=1) and len(V.answer_questions(net, data)) == len(data.frame)
+    data = V.QASet(phantoms[:5], tokenizer, ['yes', 'no', 'left'], 64, 24); torch.manual_seed(0)
+    net = V.VQAModel(new_model(tokenizer), 'gk', form, data.answers)
+    assert (V.answer_questions(net, data) == V.answer_questions(net, data, batch_size=1)
+            and len(V.answer_questions(net, data)) == len(data.frame))
 
 
 def test_vqa_refuses(tokenizer):
@@ -189,7 +208,8 @@ def test_vqa_refuses(tokenizer):
 
 # ---- runs and tables
 
-SETTINGS = {'model': {'image_size': 64, 'patch_size': 8, **SMALL}, 'localization': {'channels': 32}, 'generation': {'beams': 1, 'max_new_tokens': 8}}
+SETTINGS = {'model': {'image_size': 64, 'patch_size': 8, **SMALL}, 'localization': {'channels': 32},
+            'generation': {'beams': 1, 'max_new_tokens': 8}}
 
 
 @pytest.mark.parametrize('task', R.TASKS)
@@ -201,7 +221,9 @@ def test_a_task_from_checkpoint_to_table(phantoms, tokenizer, tmp_path, task):
         run = tmp_path/'runs'/task/method; run.mkdir(parents=True); runs.append(run)
         R.run_task(r, TrainConfig(epochs=1, batch_size=16, lr=1e-3, lr_scale={'model': .3}), run)
         metrics = R.run_metrics(task, run)
-        (run/'metrics.json').write_text('{}'); (run/'config.json').write_text(pd.Series({'stage': task, 'settings': {'dataset': 'phantom', 'method': method, 'ratio': 100., 'seed': 0}}).to_json())
+        (run/'metrics.json').write_text('{}')
+        (run/'config.json').write_text(pd.Series({'stage': task, 'settings': {'dataset': 'phantom', 'method': method, 'ratio': 100.,
+            'seed': 0}}).to_json())
         cells = TT.load_task_cells([run], tmp_path/'runs', n_boot=30); t = TT.task_table(cells)
         for k, v in metrics.items():
             m, p, name = k.split('/')
@@ -218,39 +240,55 @@ def test_a_task_from_checkpoint_to_table(phantoms, tokenizer, tmp_path, task):
 def test_seeds_with_other_test_data_are_refused(tmp_path):
     for s in (0, 1):
         run = tmp_path/f'vqa/s{s}'; run.mkdir(parents=True); (run/'metrics.json').write_text('{}')
-        (run/'config.json').write_text(pd.Series({'stage': 'vqa', 'settings': {'dataset': 'd', 'method': 'gk', 'ratio': 100., 'seed': s}}).to_json())
-        pd.DataFrame({'qid': ['a', f'b{s}'], 'study_id': ['a', 'b'], 'subject_id': ['a', 'b'], 'split': 'test', 'question': 'q', 'question_type': 't', 'answer_type': 'closed', 'answer': 'yes', 'prediction': 'yes', 'method': 'gk', 'protocol': 'generation'}).to_parquet(run/'predictions.parquet')
-    with pytest.raises(GKError, match='differ from those of another seed'): TT.load_task_cells([tmp_path/'vqa/s0', tmp_path/'vqa/s1'], tmp_path, 20)
+        (run/'config.json').write_text(pd.Series({'stage': 'vqa', 'settings': {'dataset': 'd', 'method': 'gk', 'ratio': 100.,
+            'seed': s}}).to_json())
+        pd.DataFrame({'qid': ['a', f'b{s}'], 'study_id': ['a', 'b'], 'subject_id': ['a', 'b'], 'split': 'test', 'question': 'q',
+                      'question_type': 't', 'answer_type': 'closed', 'answer': 'yes', 'prediction': 'yes', 'method': 'gk',
+                      'protocol': 'generation'}).to_parquet(run/'predictions.parquet')
+    with pytest.raises(GKError, match='differ from those of another seed'):
+        TT.load_task_cells([tmp_path/'vqa/s0', tmp_path/'vqa/s1'], tmp_path, 20)
 
 
 def test_ratios_are_nested_and_only_training_is_cut(phantoms):
     parts = {r: R.TaskRun('report_generation', phantoms, 'phantom', R.BASELINE, r, 0, SETTINGS).part for r in (10., 100.)}
     ids = {r: {k: [s.study_id for s in v] for k, v in p.items()} for r, p in parts.items()}
-    assert set(ids[10.]['train']) < set(ids[100.]['train']) and ids[10.]['val'] == ids[100.]['val'] and ids[10.]['test'] == ids[100.]['test']
+    assert (set(ids[10.]['train']) < set(ids[100.]['train']) and ids[10.]['val'] == ids[100.]['val']
+            and ids[10.]['test'] == ids[100.]['test'])
 
 
 def test_a_task_run_refuses(phantoms):
     with pytest.raises(GKError, match='task'): R.TaskRun('poetry', phantoms, 'phantom', 'gk', 100., 0, SETTINGS)
-    with pytest.raises(GKError, match="split 'train'"): R.TaskRun('vqa', [replace(s, qa=[]) for s in phantoms], 'phantom', 'gk', 100., 0, SETTINGS)
+    with pytest.raises(GKError, match="split 'train'"):
+        R.TaskRun('vqa', [replace(s, qa=[]) for s in phantoms], 'phantom', 'gk', 100., 0, SETTINGS)
 
 
 # ---- presets and jobs
 
 def test_jobs_of_a_preset():
-    p = replace(load_preset('smoke'), tasks={'zero_shot': ['phantom'], 'vqa': ['phantom']}, methods=('pixels', 'scratch', 'gk'), task_methods=(), task_ratios=(10., 100.), seeds=(0, 1))
+    p = replace(load_preset('smoke'), tasks={'zero_shot': ['phantom'], 'vqa': ['phantom']}, methods=('pixels', 'scratch', 'gk'),
+                task_methods=(), task_ratios=(10., 100.), seeds=(0, 1))
     jobs = task_jobs(p)
-    assert [j for j in jobs if j.startswith('zero_shot')] == ['zero_shot/phantom-baselines-r100-s0', 'zero_shot/phantom-gk-r100-s0', 'zero_shot/phantom-gk-r100-s1'], 'nothing is trained: no ratio, no scratch'
-    assert len(jobs) == len(set(jobs)) == 3 + (2 + 1) + 2 * 4 and not any('pixels' in j for j in jobs) and 'vqa/phantom-baselines-r10-s1' in jobs
+    assert ([j for j in jobs if j.startswith('zero_shot')]
+            == ['zero_shot/phantom-baselines-r100-s0', 'zero_shot/phantom-gk-r100-s0',
+                'zero_shot/phantom-gk-r100-s1']), 'nothing is trained: no ratio, no scratch'
+    assert (len(jobs) == len(set(jobs)) == 3 + (2 + 1) + 2 * 4 and not any('pixels' in j for j in jobs)
+            and 'vqa/phantom-baselines-r10-s1' in jobs)
     assert task_jobs(replace(p, tasks={})) == []
     fewer = task_jobs(replace(p, task_seeds=(1,)))
-    assert [j for j in fewer if j.startswith('zero_shot')] == [j for j in jobs if j.startswith('zero_shot')], 'task_seeds is for tasks that train'
-    assert {j for j in fewer if j.startswith('vqa') and '-baselines-' not in j} == {j for j in jobs if j.startswith('vqa') and j.endswith('-s1') and '-baselines-' not in j}
-    assert [j for j in fewer if '-baselines-' in j and j.startswith('vqa')] == ['vqa/phantom-baselines-r10-s1', 'vqa/phantom-baselines-r100-s1']
+    assert [j for j in fewer if j.startswith('zero_shot')] == [j for j in jobs if j.startswith('zero_shot')], (
+        'task_seeds is for tasks that train')
+    assert ({j for j in fewer if j.startswith('vqa') and '-baselines-' not in j}
+            == {j for j in jobs if j.startswith('vqa') and j.endswith('-s1') and '-baselines-' not in j})
+    assert ([j for j in fewer if '-baselines-' in j and j.startswith('vqa')]
+            == ['vqa/phantom-baselines-r10-s1', 'vqa/phantom-baselines-r100-s1'])
 
 
-@pytest.mark.parametrize('change, says', [({'tasks': {'poetry': ['phantom']}}, 'unknown task'), ({'tasks': {'vqa': ['nowhere']}}, 'unknown data set'), ({'localization': {'head': 'yolo'}}, 'head'), ({'generation': {'beam': 3}}, "'beam'"),
+@pytest.mark.parametrize('change, says', [({'tasks': {'poetry': ['phantom']}}, 'unknown task'),
+                                          ({'tasks': {'vqa': ['nowhere']}}, 'unknown data set'),
+                                          ({'localization': {'head': 'yolo'}}, 'head'), ({'generation': {'beam': 3}}, "'beam'"),
                                           ({'task_methods': ('gkk',)}, 'unknown method'), ({'task_seeds': (7,)}, 'task_seeds has 7'),
-                                          ({'task_finetune': {'zero_shot': {'lr': 1.}}}, 'trains nothing'), ({'task_finetune': {'vqa': {'lrr': 1.}}}, "task_finetune.vqa.*'lrr'")])
+                                          ({'task_finetune': {'zero_shot': {'lr': 1.}}}, 'trains nothing'),
+                                          ({'task_finetune': {'vqa': {'lrr': 1.}}}, "task_finetune.vqa.*'lrr'")])
 def test_a_wrong_preset_stops_before_the_first_job(change, says):
     with pytest.raises(GKError, match=says): check_preset(replace(load_preset('smoke'), **change))
 
@@ -275,12 +313,14 @@ def test_presets_are_whole(name): check_preset(load_preset(name))
 @pytest.mark.parametrize('number, task', [(73, 'zero_shot'), (74, 'localization'), (75, 'report_generation'), (76, 'vqa')])
 def test_experiment_notebooks_take_the_same_parameters(root, number, task):
     p = notebook_parameters(root/f'nbs/experiments/{number}_{task}.ipynb')
-    assert {'preset', 'data', 'dataset', 'method', 'ratio', 'seed', 'detector', 'checkpoint', 'overrides', 'out'} == set(p) and task in R.RUNNERS and stage_sources(task)
+    assert ({'preset', 'data', 'dataset', 'method', 'ratio', 'seed', 'detector', 'checkpoint', 'overrides', 'out'} == set(p)
+            and task in R.RUNNERS and stage_sources(task))
 
 
 @pytest.mark.parametrize('notebook', ['71_pretrain', '76_vqa'])
 def test_an_experiment_without_a_detector_says_what_to_run(root, tmp_path, notebook):
-    command = [sys.executable, '-m', 'gk_mvlp.study.run', f'nbs/experiments/{notebook}.ipynb', str(tmp_path/'run'), '--params', '{"preset": "smoke"}']
+    command = [sys.executable, '-m', 'gk_mvlp.study.run', f'nbs/experiments/{notebook}.ipynb', str(tmp_path/'run'), '--params',
+               '{"preset": "smoke"}']
     r = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert r.returncode == 1 and 'Run nbs/experiments/70_detector.ipynb' in r.stderr and len(r.stderr.strip().splitlines()) == 1, r.stderr
     assert not (tmp_path/'run'/'config.json').exists()
@@ -301,7 +341,8 @@ def test_the_head_starts_with_the_logits_of_the_probe(tokenizer, phantoms):
     probe, _, _ = C.fit_probe(x, y, x, y)
     net = C.Classifier(model, 'image', 3).eval()
     net.start(probe, x)
-    with torch.no_grad(): logits = torch.cat([net({k: v[i:i + 20] for k, v in data[list(range(60))].items()}) for i in range(0, 60, 20)]).numpy()
+    with torch.no_grad():
+        logits = torch.cat([net({k: v[i:i + 20] for k, v in data[list(range(60))].items()}) for i in range(0, 60, 20)]).numpy()
     for c in (0, 1): assert np.allclose(1 / (1 + np.exp(-logits[:, c])), probe[c].predict_proba(x)[:, 1], atol=1e-4)
     assert probe[2] is None and (logits[:, 2] == 0).all()
 

@@ -60,7 +60,8 @@ def killer(at):
     return loss
 
 
-CFG = TrainConfig(epochs=4, batch_size=8, accumulation=2, lr=1e-2, checkpoint_every=3, seed=5)   # 50 samples: 4 steps an epoch, the last of one small batch
+# 50 samples: 4 steps an epoch, the last of one small batch
+CFG = TrainConfig(epochs=4, batch_size=8, accumulation=2, lr=1e-2, checkpoint_every=3, seed=5)
 
 
 def train(path, config=CFG, loss=mse, model=None, evaluate=validate, monitor='val_mse', mode='min', data=None):
@@ -169,7 +170,8 @@ def test_best_weights_are_loaded(tmp_path):
 
 def test_early_stopping(tmp_path):
     scores = iter([.5, .6, .55, float('nan'), .58, .99])
-    model, history, t = train(tmp_path, replace(CFG, epochs=10, patience=3), evaluate=lambda m: {'auc': next(scores)}, monitor='auc', mode='max')
+    model, history, t = train(tmp_path, replace(CFG, epochs=10, patience=3), evaluate=lambda m: {'auc': next(scores)}, monitor='auc',
+                              mode='max')
     assert len(history) == 5 and t.best == .6 and t.done
     assert len(train(tmp_path, replace(CFG, epochs=10, patience=3), evaluate=lambda m: 1/0, monitor='auc', mode='max')[1]) == 5
 
@@ -206,7 +208,8 @@ def test_infinite_gradient_stops(tmp_path):
     with pytest.raises(GKError, match='grad_norm is nan at epoch 1, step 1'): train(tmp_path, loss=bad)
 
 
-@pytest.mark.parametrize('change, word', [({'lr': 2e-2}, 'lr'), ({'epochs': 9}, 'epochs'), ({'seed': 6}, 'seed'), ({'batch_size': 4}, 'batch_size'),
+@pytest.mark.parametrize('change, word', [({'lr': 2e-2}, 'lr'), ({'epochs': 9}, 'epochs'), ({'seed': 6}, 'seed'),
+                                          ({'batch_size': 4}, 'batch_size'),
                                           ({'lr_scale': {'0': .5}}, 'lr_scale')])
 def test_other_settings_are_refused(peace, change, word):
     with pytest.raises(GKError, match=rf'made with other settings \({word}') as e: train(peace[2].run_dir, replace(CFG, **change))
@@ -267,7 +270,8 @@ def test_weight_decay_and_rate_groups():
     by_param = {id(p): (g['lr'], g['weight_decay']) for g in groups for p in g['params']}
     assert by_param[id(m[0].weight)] == (.1, .05) and by_param[id(m[0].bias)] == (.5, 0.) and by_param[id(m[2].weight)] == (1., 0.)
     assert id(m[4].weight) not in by_param
-    with pytest.raises(GKError, match="no parameter begins with 'vit'"): parameter_groups(m, TrainConfig(epochs=1, batch_size=1, lr=1., lr_scale={'vit': .5}))
+    with pytest.raises(GKError, match="no parameter begins with 'vit'"):
+        parameter_groups(m, TrainConfig(epochs=1, batch_size=1, lr=1., lr_scale={'vit': .5}))
     with pytest.raises(GKError, match='no trainable parameter'): parameter_groups(m.requires_grad_(False), CFG)
 
 
@@ -293,7 +297,8 @@ def test_average_of_weights(tmp_path):
         return mse(m, batch)
     kept, _, t = train(tmp_path/'a', config, watched, model, evaluate=None, monitor=None)
     raw = load_checkpoint(t.last_path)['model']['0.weight']
-    first, *after = [seen[i] for i in (2, 4, 6, 7, 9, 11, 13)] + [raw]       # weights after each step; 7 backward passes an epoch, 2 a step but for the last
+    # weights after each step; 7 backward passes an epoch, 2 a step but for the last
+    first, *after = [seen[i] for i in (2, 4, 6, 7, 9, 11, 13)] + [raw]
     for w in after: first = .8 * first + .2 * w
     assert torch.allclose(kept.state_dict()['0.weight'], first, atol=1e-6) and not torch.allclose(first, raw, atol=1e-4)
     whole = train(tmp_path/'b', replace(CFG, ema=.8))[0]
@@ -311,7 +316,8 @@ def test_fp16_on_cpu_is_refused(tmp_path):
     with pytest.raises(GKError, match='needs a GPU'): train(tmp_path, replace(CFG, precision='fp16'))
 
 
-@pytest.mark.parametrize('bad', [{'epochs': 0}, {'batch_size': -1}, {'lr': 0.}, {'lr': float('nan')}, {'precision': 'fp8'}, {'warmup_ratio': 1.5}, {'accumulation': 0}])
+@pytest.mark.parametrize('bad', [{'epochs': 0}, {'batch_size': -1}, {'lr': 0.}, {'lr': float('nan')}, {'precision': 'fp8'},
+                                 {'warmup_ratio': 1.5}, {'accumulation': 0}])
 def test_bad_settings(bad):
     with pytest.raises(GKError, match=next(iter(bad))): replace(CFG, **bad)
 
@@ -400,7 +406,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 try: save_checkpoint({str(path)!r}, {{'epoch': 2, 'w': torch.zeros(100000)}})
 except GKError as e: print('GKError', e)
 """
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])})
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                         env={**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1])})
     assert 'GKError' in out.stdout and 'could not be written' in out.stdout, out.stderr
     assert load_checkpoint(path)['epoch'] == 1 and [p.name for p in tmp_path.iterdir()] == ['last.ckpt']
 
@@ -428,5 +435,6 @@ def test_batches_move_to_the_model():
     assert validation_losses(Elsewhere(), Data(), 4) == {'val_loss': 1., 'val_itc': 1.}
     assert mean_loss(Elsewhere(), Data(), 4) == 1.
     seen = []
-    out = batches.run_batches(Data(), lambda b: (seen.append(b['images'].device.type), {'n': torch.ones(b['images'].shape[0])})[1], 4, 'meta')
+    out = batches.run_batches(Data(), lambda b: (seen.append(b['images'].device.type), {'n': torch.ones(b['images'].shape[0])})[1], 4,
+                              'meta')
     assert seen == ['meta'] * 3 and len(out['n']) == 10 and Data.strength == .5

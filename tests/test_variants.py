@@ -19,7 +19,8 @@ from gk_mvlp.data.phantom import PhantomConfig, make_study
 from gk_mvlp.data.study import Study, study_to_dict
 from gk_mvlp.evaluation.relations import relation_frame, relation_metrics, relation_pairs
 from gk_mvlp.evaluation.statistics import patient_weights
-from gk_mvlp.evaluation.subgroups import frequency_masks, gap_and_worst, group_frame, group_values, patient_masks, sensitivity_weighted, size_masks
+from gk_mvlp.evaluation.subgroups import (frequency_masks, gap_and_worst, group_frame, group_values, patient_masks, sensitivity_weighted,
+                                          size_masks)
 from gk_mvlp.models.detector import DetectorConfig, RegionDetector
 from gk_mvlp.models.encoders import train_tokenizer
 from gk_mvlp.models.gk_mvlp import GKMVLP, ModelConfig, prompt_book
@@ -47,14 +48,16 @@ def phantoms(): return [make_study(PhantomConfig(n=120, size=64, seed=3), i) for
 
 def make(tok, **kw):
     torch.manual_seed(0)
-    return GKMVLP(ModelConfig(**{'dim': 32, 'image_depth': 1, 'text_depth': 1, 'encoder_depth': 1, 'decoder_depth': 1, 'embed_dim': 16, 'detector_dim': 8, 'heads': 2, **kw}), tok).eval()
+    return GKMVLP(ModelConfig(**{'dim': 32, 'image_depth': 1, 'text_depth': 1, 'encoder_depth': 1, 'decoder_depth': 1, 'embed_dim': 16,
+                                 'detector_dim': 8, 'heads': 2, **kw}), tok).eval()
 
 
 @pytest.fixture
 def batch():
     g = torch.Generator().manual_seed(5)
     xy = torch.rand(4, R, 2, generator=g) * .5
-    return {'images': torch.randn(4, 1, 64, 64, generator=g), 'region_boxes': torch.cat([xy, xy + .3], -1), 'region_valid': torch.rand(4, R, generator=g) < .8,
+    return {'images': torch.randn(4, 1, 64, 64, generator=g), 'region_boxes': torch.cat([xy, xy + .3], -1),
+            'region_valid': torch.rand(4, R, generator=g) < .8,
             'region_features': torch.randn(4, R, 8, generator=g), 'oracle_prompts': torch.tensor([[0, 5], [3, -1], [-1, -1], [4, 2]])}
 
 
@@ -64,11 +67,14 @@ def depends(model, batch, **changed) -> bool:
     with torch.no_grad(): return not torch.allclose(model.features(batch, 'gk'), model.features(batch | changed, 'gk'), atol=1e-5)
 
 
-@pytest.mark.parametrize('options, boxes, features', [({}, True, True), ({'region_source': 'vit'}, True, False), ({'region_source': 'none'}, False, False)])
+@pytest.mark.parametrize('options, boxes, features',
+                         [({}, True, True), ({'region_source': 'vit'}, True, False), ({'region_source': 'none'}, False, False)])
 def test_region_source_says_what_regions_are_made_of(tok, batch, options, boxes, features):
     m = make(tok, **options)
-    assert depends(m, batch, region_boxes=batch['region_boxes'] * .7) == boxes and depends(m, batch, region_features=batch['region_features'].flip(-1)) == features
-    assert depends(m, batch, region_valid=torch.ones(4, R, dtype=torch.bool)) == boxes, 'queries that know no place do not know which regions were found'
+    assert (depends(m, batch, region_boxes=batch['region_boxes'] * .7) == boxes
+            and depends(m, batch, region_features=batch['region_features'].flip(-1)) == features)
+    assert depends(m, batch, region_valid=torch.ones(4, R, dtype=torch.bool)) == boxes, (
+        'queries that know no place do not know which regions were found')
 
 
 @pytest.mark.parametrize('local, fused', [(1, 1), (0, 1), (1, 0), (0, 0)])
@@ -80,8 +86,10 @@ def test_without_local_layers_no_prompt_is_read_and_nothing_idles(tok, batch, lo
     z = m.ground(m.image_encoder(batch['images']), batch, 'all', need_maps=True)
     assert ('prompt_attention' in z) == (local == 1) and ('patch_attention' in z) == (fused == 1)
     enc = tok(prompt_book()[0][:4], padding=True, return_tensors='pt')
-    m.train()(batch | dict(enc) | {'report_key': torch.arange(4), 'study_key': torch.arange(4), 'entities': torch.randint(-1, 2, (4, len(ENTITIES))).float()})['loss'].backward()
-    assert {n for n, p in m.named_parameters() if p.grad is None} <= {'entity_bias'}, 'a part without a gradient would stop distributed training'
+    m.train()(batch | dict(enc) | {'report_key': torch.arange(4), 'study_key': torch.arange(4),
+                                   'entities': torch.randint(-1, 2, (4, len(ENTITIES))).float()})['loss'].backward()
+    assert {n for n, p in m.named_parameters() if p.grad is None} <= {'entity_bias'}, (
+        'a part without a gradient would stop distributed training')
 
 
 def test_supervised_attention_needs_attention():
@@ -92,7 +100,8 @@ def test_supervised_attention_needs_attention():
 def test_feature_kinds_are_prompt_modes(tok, batch):
     m = make(tok, prompts='all')
     with torch.no_grad(): f = {k: m.features(batch, k) for k in ('gk', 'gk_all', 'gk_predicted', 'gk_oracle', 'gk_null')}
-    assert torch.equal(f['gk'], f['gk_all']) and not torch.allclose(f['gk_predicted'], f['gk_all']) and not torch.allclose(f['gk_oracle'], f['gk_null'])
+    assert (torch.equal(f['gk'], f['gk_all']) and not torch.allclose(f['gk_predicted'], f['gk_all'])
+            and not torch.allclose(f['gk_oracle'], f['gk_null']))
     assert torch.allclose(f['gk_oracle'][2], f['gk_null'][2], atol=1e-5), 'a study that states nothing has no oracle prompt'
     with pytest.raises(GKError, match='own entities'): m.features({k: v for k, v in batch.items() if k != 'oracle_prompts'}, 'gk_oracle')
 
@@ -104,7 +113,8 @@ def test_shuffled_prompts_are_those_of_the_study_before(tok, batch):
         own, other = (m.ground(v, batch, 'predicted', shuffle=s) for s in (False, True))
         assert torch.equal(other['prompt_numbers'], own['prompt_numbers'].roll(1, 0))
         one = {k: x[:1] for k, x in batch.items()}
-        assert torch.allclose(m.features(one, 'gk_shuffled'), m.features(one, 'gk_null'), atol=1e-6), 'a study alone has no other to take prompts from'
+        assert torch.allclose(m.features(one, 'gk_shuffled'), m.features(one, 'gk_null'), atol=1e-6), (
+            'a study alone has no other to take prompts from')
     with pytest.raises(GKError, match='same prompts'): make(tok, prompts='all').features(batch, 'gk_shuffled')
 
 
@@ -127,7 +137,8 @@ def test_true_boxes_are_described_like_found_ones(phantoms):
     images = to_float(data.images)
     found = detector.detect(images)
     assert torch.allclose(detector.describe(images, found['boxes']) * found['valid'][..., None], found['features'], atol=1e-5)
-    assert torch.allclose(data.fields['region_features'].float(), detector.describe(images, torch.from_numpy(boxes)) * torch.from_numpy(valid)[..., None], rtol=1e-3, atol=1e-4)
+    assert torch.allclose(data.fields['region_features'].float(),
+                          detector.describe(images, torch.from_numpy(boxes)) * torch.from_numpy(valid)[..., None], rtol=1e-3, atol=1e-4)
 
 
 # ---- data
@@ -168,15 +179,20 @@ def test_disturbances(batch):
     g = lambda: torch.Generator().manual_seed(1)
     a = disturb(batch, 'swap', .5, g())
     for i in range(4):                                       # a region keeps box, features and validity together
-        rows = {tuple(np.r_[b.numpy(), f.numpy(), v.item()].round(4)) for b, f, v in zip(batch['region_boxes'][i], batch['region_features'][i], batch['region_valid'][i])}
-        assert rows == {tuple(np.r_[b.numpy(), f.numpy(), v.item()].round(4)) for b, f, v in zip(a['region_boxes'][i], a['region_features'][i], a['region_valid'][i])}
+        rows = {tuple(np.r_[b.numpy(), f.numpy(), v.item()].round(4))
+                for b, f, v in zip(batch['region_boxes'][i], batch['region_features'][i], batch['region_valid'][i])}
+        assert rows == {tuple(np.r_[b.numpy(), f.numpy(), v.item()].round(4))
+                        for b, f, v in zip(a['region_boxes'][i], a['region_features'][i], a['region_valid'][i])}
     d = disturb(batch, 'drop', .4, g())
-    assert not (d['region_valid'] & ~batch['region_valid']).any() and d['region_valid'].sum() < batch['region_valid'].sum() and torch.equal(d['region_boxes'], batch['region_boxes'])
+    assert (not (d['region_valid'] & ~batch['region_valid']).any() and d['region_valid'].sum() < batch['region_valid'].sum()
+            and torch.equal(d['region_boxes'], batch['region_boxes']))
     seen = []
     j = disturb(batch, 'jitter', .3, g(), lambda boxes: seen.append(boxes) or torch.ones(4, R, 8))
     ok = batch['region_valid']
-    assert torch.equal(seen[0], j['region_boxes']) and torch.equal(j['region_features'], ok[..., None].expand(-1, -1, 8).float()), 'the features are those of the moved boxes'
-    assert (j['region_boxes'][ok][:, 2:] - j['region_boxes'][ok][:, :2] > .019).all() and j['region_boxes'].min() >= 0 and j['region_boxes'].max() <= 1.0001
+    assert torch.equal(seen[0], j['region_boxes']) and torch.equal(j['region_features'], ok[..., None].expand(-1, -1, 8).float()), (
+        'the features are those of the moved boxes')
+    assert ((j['region_boxes'][ok][:, 2:] - j['region_boxes'][ok][:, :2] > .019).all() and j['region_boxes'].min() >= 0
+            and j['region_boxes'].max() <= 1.0001)
     assert torch.equal(disturb(batch, 'jitter', .3, g(), lambda b: b)['region_boxes'], j['region_boxes']), 'the same seed, the same noise'
     with pytest.raises(GKError, match='describe'): disturb(batch, 'jitter', .1, g())
     with pytest.raises(GKError, match='blur'): disturb(batch, 'blur', .1, g())
@@ -190,7 +206,8 @@ def test_features_of_many_kinds_are_those_of_one(tok, phantoms):
     b = data[list(range(9))]
     with torch.no_grad():
         for k in kinds: assert np.allclose(x[k], m.features(b, k), atol=1e-4), k
-    assert next(iter(kinds.items())) == ('gk', '') and 'gk_oracle' not in kinds_of(m, True, False) and list(kinds_of(make(tok, objective='itc'), False, True)) == ['image', 'roi']
+    assert (next(iter(kinds.items())) == ('gk', '') and 'gk_oracle' not in kinds_of(m, True, False)
+            and list(kinds_of(make(tok, objective='itc'), False, True)) == ['image', 'roi'])
 
 
 # ---- grounding by pairs
@@ -214,7 +231,8 @@ def test_relation_metrics_by_brute_force(phantoms):
     assert prior['grounding_auroc'][0] == .5 and np.isclose(prior['grounding_auroc_pooled'][0], roc_auc_score(f['y'], f['train_prior']))
     w = np.random.default_rng(1).integers(0, 3, (2, len(test))).astype(float)
     for row, pooled in zip(w, relation_metrics(f, 'attention', w, least=2)['grounding_auroc_pooled']):
-        k = np.repeat(row.astype(int), len(pairs)); assert np.isclose(pooled, roc_auc_score(np.repeat(f['y'], k), np.repeat(f['attention'], k)))
+        k = np.repeat(row.astype(int), len(pairs))
+        assert np.isclose(pooled, roc_auc_score(np.repeat(f['y'], k), np.repeat(f['attention'], k)))
     with pytest.raises(GKError, match='not finite'): relation_frame(test, pairs, {'attention': scores * np.nan}, train)
     with pytest.raises(GKError, match='whole studies'): relation_metrics(f.iloc[1:], 'attention')
 
@@ -226,12 +244,15 @@ def test_groups_are_the_metric_of_their_members():
     y = (rng.random((200, 4)) < [.3, .2, .4, .01]).astype(float); s = (y * .4 + rng.random(y.shape)).round(2)
     sex = np.array(['F', 'M', ''])[rng.integers(0, 3, 200)]
     masks, ok = patient_masks(y, sex)
-    assert set(masks) == {'F', 'M'} and ok.tolist() == [True, True, True, False], 'an unknown sex is no group; a class too rare in one group is left out of both'
+    assert set(masks) == {'F', 'M'} and ok.tolist() == [True, True, True, False], (
+        'an unknown sex is no group; a class too rare in one group is left out of both')
     v = group_values(masks, ok, s, np.ones((1, 200)), np.full(4, .7))
     for g in 'FM':
         assert np.isclose(v['auroc'][g][0], np.mean([roc_auc_score(y[sex == g, c], s[sex == g, c]) for c in range(3)]))
         assert np.isclose(v['sensitivity'][g][0], np.mean([(s[(sex == g) & (y[:, c] == 1), c] >= .7).mean() for c in range(3)]))
-    x = gap_and_worst(v['auroc']); assert np.isclose(x['gap'][0], abs(v['auroc']['F'][0] - v['auroc']['M'][0])) and x['worst'][0] == min(v['auroc']['F'][0], v['auroc']['M'][0])
+    x = gap_and_worst(v['auroc'])
+    assert (np.isclose(x['gap'][0], abs(v['auroc']['F'][0] - v['auroc']['M'][0]))
+            and x['worst'][0] == min(v['auroc']['F'][0], v['auroc']['M'][0]))
     assert patient_masks(y, ['F'] * 200)[0] == {} and patient_masks(y, [''] * 200)[0] == {}
 
 
@@ -240,10 +261,12 @@ def test_sizes_share_their_negatives_and_frequencies_their_studies():
     y = (rng.random((300, 4)) < [.3, .2, .1, .05]).astype(float); area = np.where(y == 1, rng.random(y.shape), np.nan)
     masks, ok = size_masks(y, area, np.full(4, .5))
     for c in np.flatnonzero(ok):
-        assert all((masks[k][:, c] == 0).sum() == (y[:, c] == 0).sum() for k in masks) and (masks['small'][:, c] == 1).sum() + (masks['large'][:, c] == 1).sum() == (y[:, c] == 1).sum()
+        assert (all((masks[k][:, c] == 0).sum() == (y[:, c] == 0).sum() for k in masks)
+                and (masks['small'][:, c] == 1).sum() + (masks['large'][:, c] == 1).sum() == (y[:, c] == 1).sum())
         assert np.nanmax(area[masks['small'][:, c] == 1, c]) <= .5 < np.nanmin(area[masks['large'][:, c] == 1, c])
     masks, _ = frequency_masks(y, np.array([.3, .2, .1, .05]))
-    assert np.isnan(masks['rare'][:, :2]).all() and np.array_equal(masks['rare'][:, 2:], y[:, 2:]) and np.array_equal(masks['common'][:, :2], y[:, :2])
+    assert (np.isnan(masks['rare'][:, :2]).all() and np.array_equal(masks['rare'][:, 2:], y[:, 2:])
+            and np.array_equal(masks['common'][:, :2], y[:, :2]))
     with pytest.raises(GKError, match='threshold'): sensitivity_weighted(y, y, np.ones((1, 300)), np.full(4, np.nan))
 
 
@@ -254,22 +277,28 @@ def test_ages_fall_into_bands():
 
 # ---- presets
 
-SMALL = {'ablations': {'local_only': {'model': {'fused_layers': 0}}}, 'sweeps': {'studies': {'table': 'scaling', 'base': 100, 'levels': {25: {'pretrain_ratio': 25.}}}}, 'probing': {'jitter': [.1]}}
+SMALL = {'ablations': {'local_only': {'model': {'fused_layers': 0}}},
+         'sweeps': {'studies': {'table': 'scaling', 'base': 100, 'levels': {25: {'pretrain_ratio': 25.}}}}, 'probing': {'jitter': [.1]}}
 
 
 def test_variants_become_jobs():
     p = replace(load_preset('smoke'), **SMALL, seeds=(0, 1))
     check_preset(p)
-    assert {'gk-local_only-s1', 'itc_itm_lm-studies_25-s0', 'gk-s0'} <= set(pretrain_jobs(p)) and not any('pixels' in j or 'scratch' in j for j in pretrain_jobs(p))
+    assert ({'gk-local_only-s1', 'itc_itm_lm-studies_25-s0', 'gk-s0'} <= set(pretrain_jobs(p))
+            and not any('pixels' in j or 'scratch' in j for j in pretrain_jobs(p)))
     assert set(probing_jobs(p)) == {f'phantom-{j}' for j in pretrain_jobs(p)}
-    only = replace(p, probing={'methods': ['gk']}); assert 'phantom-itc_itm_lm-s0' not in probing_jobs(only) and 'phantom-gk-local_only-s0' in probing_jobs(only)
+    only = replace(p, probing={'methods': ['gk']})
+    assert 'phantom-itc_itm_lm-s0' not in probing_jobs(only) and 'phantom-gk-local_only-s0' in probing_jobs(only)
     assert probing_jobs(replace(p, probing={}, ablations={}, sweeps={})) == []
 
 
 @pytest.mark.parametrize('change, says', [
-    ({'ablations': {'x': {'model': {'fused_layer': 0}}}}, 'fused_layer'), ({'ablations': {'x': {'epochs': 3}}}, 'epochs'), ({'ablations': {'X y': {}}}, 'name'), ({'ablations': {'x': {'objective': 'scratch'}}}, 'scratch'),
-    ({'ablations': {'x': {'data': {'boilerplate': 2.}}}}, 'boilerplate'), ({'ablations': {'x': {'pretrain_ratio': 0.}}}, 'pretrain_ratio'), ({'probing': {}}, 'nothing asks'), ({'probing': {'jiter': [.1]}}, 'jiter'),
-    ({'probing': {'methods': ['pixels']}}, 'pixels'), ({'methods': ('scratch', 'itc_itm_lm')}, 'is no'), ({'sweeps': {'n': {'table': 'scaling', 'base': 1., 'levels': {2: {}}, 'seeds': [7]}}}, 'seed 7')])
+    ({'ablations': {'x': {'model': {'fused_layer': 0}}}}, 'fused_layer'), ({'ablations': {'x': {'epochs': 3}}}, 'epochs'),
+    ({'ablations': {'X y': {}}}, 'name'), ({'ablations': {'x': {'objective': 'scratch'}}}, 'scratch'),
+    ({'ablations': {'x': {'data': {'boilerplate': 2.}}}}, 'boilerplate'), ({'ablations': {'x': {'pretrain_ratio': 0.}}}, 'pretrain_ratio'),
+    ({'probing': {}}, 'nothing asks'), ({'probing': {'jiter': [.1]}}, 'jiter'),
+    ({'probing': {'methods': ['pixels']}}, 'pixels'), ({'methods': ('scratch', 'itc_itm_lm')}, 'is no'),
+    ({'sweeps': {'n': {'table': 'scaling', 'base': 1., 'levels': {2: {}}, 'seeds': [7]}}}, 'seed 7')])
 def test_wrong_variants_stop_before_the_first_job(change, says):
     with pytest.raises(GKError, match=says): check_preset(replace(load_preset('smoke'), **(SMALL | change)))
 
@@ -280,48 +309,60 @@ def cell(method, strength, seeds=(0, 1, 2), **kw):
     rng = np.random.default_rng(0)
     y = (rng.random((150, 3)) < .35).astype(float); noise = rng.normal(size=(len(seeds), 150, 3))
     p = 1 / (1 + np.exp(-(strength * y + noise + .05 * np.random.default_rng(len(method)).normal(size=noise.shape))))
-    return T.ProbeCell('phantom', method, 'linear_probe', 100., y, p, np.array([f'p{i // 2}' for i in range(150)], dtype=object), seeds, tuple(f'probing/{method}-s{s}' for s in seeds), {}, np.full((len(seeds), 3), .5), ('a', 'b', 'c'), **kw)
+    return T.ProbeCell('phantom', method, 'linear_probe', 100., y, p, np.array([f'p{i // 2}' for i in range(150)], dtype=object), seeds,
+                       tuple(f'probing/{method}-s{s}' for s in seeds), {}, np.full((len(seeds), 3), .5), ('a', 'b', 'c'), **kw)
 
 
 def test_ablations_are_paired_with_the_method_and_corrected():
     p = replace(load_preset('smoke'), ablations={'worse': {}, 'same': {}}, ratios=(100.,), seeds=(0, 1, 2))
     values = T.probe_values([cell('gk', 2.), cell('gk-worse', 1.), cell('gk-same', 2.), cell('gk-oracle_prompts', 3.)], 400)
     t = T.ablation_table(values, p).set_index('method')
-    assert {'task', 'dataset', 'ratio', 'metric', 'mean', 'low', 'high', 'seeds', 'n'} <= set(t.columns) and t.index[0] == 'gk' and np.isnan(t.loc['gk', 'difference'])
+    assert ({'task', 'dataset', 'ratio', 'metric', 'mean', 'low', 'high', 'seeds', 'n'} <= set(t.columns) and t.index[0] == 'gk'
+            and np.isnan(t.loc['gk', 'difference']))
     for m, strength in (('gk', 2.), ('gk-worse', 1.)):
         c = cell(m, strength)
         assert np.isclose(t.loc[m, 'mean'], np.mean([roc_auc_score(c.y, s, average='macro') for s in c.scores]))
-    assert t.loc['gk-worse', 'verdict'] == 'lower' and t.loc['gk-same', 'verdict'] == '' and np.isclose(t.loc['gk-worse', 'difference'], t.loc['gk-worse', 'mean'] - t.loc['gk', 'mean'])
+    assert (t.loc['gk-worse', 'verdict'] == 'lower' and t.loc['gk-same', 'verdict'] == ''
+            and np.isclose(t.loc['gk-worse', 'difference'], t.loc['gk-worse', 'mean'] - t.loc['gk', 'mean']))
     assert (t['p_holm'].dropna() >= t['p'].dropna()).all() and 'upper bound' in t.loc['gk-oracle_prompts', 'note']
-    assert 'p = ' in T.study_report(t.reset_index(), 'ablation', '') and 'gk-worse' in T.study_latex(t.reset_index(), 'ablation').replace('\\', '')
+    assert ('p = ' in T.study_report(t.reset_index(), 'ablation', '')
+            and 'gk-worse' in T.study_latex(t.reset_index(), 'ablation').replace('\\', ''))
 
 
 def test_sweeps_carry_their_base_and_pair_with_fewer_seeds():
     sweep = {'noise': {'table': 'robustness', 'base': .5, 'levels': {0: {}}, 'seeds': [0, 1]}}
     p = replace(load_preset('smoke'), sweeps=sweep, ratios=(100.,), seeds=(0, 1, 2))
     two = (0, 1)
-    cells = [cell('gk', 2.), cell('itc_itm_lm', 1.5), cell('gk-noise_0', 2.5, two), cell('itc_itm_lm-noise_0', 1.5, two), cell('gk-image_only', 1.7), cell('gk', 1.8, factor='drop', level=.5)]
+    cells = [cell('gk', 2.), cell('itc_itm_lm', 1.5), cell('gk-noise_0', 2.5, two), cell('itc_itm_lm-noise_0', 1.5, two),
+             cell('gk-image_only', 1.7), cell('gk', 1.8, factor='drop', level=.5)]
     t = T.robustness_table(T.probe_values(cells, 400), p)
     swept = t[t['factor'] == 'noise'].set_index(['method', 'level'])
-    assert len(swept) == 4 and swept.loc[('gk', 0.), 'reference'] == 'itc_itm_lm' and swept.loc[('gk', 0.), 'difference'] > swept.loc[('gk', .5), 'difference'] > 0 and swept.loc[('gk', 0.), 'seeds'] == 2
+    assert (len(swept) == 4 and swept.loc[('gk', 0.), 'reference'] == 'itc_itm_lm'
+            and swept.loc[('gk', 0.), 'difference'] > swept.loc[('gk', .5), 'difference'] > 0 and swept.loc[('gk', 0.), 'seeds'] == 2)
     drop = t[t['factor'] == 'drop'].set_index('level')
-    assert drop.loc[0., 'mean'] > drop.loc[.5, 'mean'] and drop.loc[.5, 'reference'] == 'gk-image_only' and np.isclose(drop.loc[0., 'mean'], swept.loc[('gk', .5), 'mean'])
+    assert (drop.loc[0., 'mean'] > drop.loc[.5, 'mean'] and drop.loc[.5, 'reference'] == 'gk-image_only'
+            and np.isclose(drop.loc[0., 'mean'], swept.loc[('gk', .5), 'mean']))
     with pytest.raises(GKError, match='share no seed'): T.difference(*(v.at(k) for v, k in zip(T.probe_values(cells[:2], 50), ([0], [1]))))
 
 
 def test_growth_is_the_gain_at_the_highest_level_minus_the_gain_at_the_lowest():
     sweep = {'boilerplate': {'table': 'robustness', 'base': .5, 'levels': {0: {}, .8: {}}, 'seeds': [0, 1, 2]}}
     p = replace(load_preset('smoke'), sweeps=sweep, ratios=(100.,), seeds=(0, 1, 2))
-    cells = [cell('gk', 2.), cell('itc_itm_lm', 1.9), cell('gk-boilerplate_0', 2.1), cell('itc_itm_lm-boilerplate_0', 2.), cell('gk-boilerplate_0.8', 2.), cell('itc_itm_lm-boilerplate_0.8', .5)]
+    cells = [cell('gk', 2.), cell('itc_itm_lm', 1.9), cell('gk-boilerplate_0', 2.1), cell('itc_itm_lm-boilerplate_0', 2.),
+             cell('gk-boilerplate_0.8', 2.), cell('itc_itm_lm-boilerplate_0.8', .5)]
     t = T.robustness_table(T.probe_values(cells, 400), p)
     row = t[t['factor'] == 'boilerplate, highest against lowest'].iloc[0]
-    gains = {v: np.mean([roc_auc_score(a.y, x, average='macro') - roc_auc_score(b.y, y, average='macro') for x, y in zip(a.scores, b.scores)]) for v, a, b in ((0, cells[2], cells[3]), (.8, cells[4], cells[5]))}
-    assert row['difference'] == pytest.approx(gains[.8] - gains[0]) and row['mean'] == pytest.approx(gains[.8]) and row['p_holm'] < .05 and row['seeds'] == 3
-    against = T.robustness_table(T.probe_values([*cells[:4], cell('gk-boilerplate_0.8', .5), cell('itc_itm_lm-boilerplate_0.8', 2.)], 400), p)
+    gains = {v: np.mean([roc_auc_score(a.y, x, average='macro') - roc_auc_score(b.y, y, average='macro')
+                         for x, y in zip(a.scores, b.scores)]) for v, a, b in ((0, cells[2], cells[3]), (.8, cells[4], cells[5]))}
+    assert (row['difference'] == pytest.approx(gains[.8] - gains[0]) and row['mean'] == pytest.approx(gains[.8]) and row['p_holm'] < .05
+            and row['seeds'] == 3)
+    against = T.robustness_table(T.probe_values([*cells[:4], cell('gk-boilerplate_0.8', .5), cell('itc_itm_lm-boilerplate_0.8', 2.)], 400),
+                                 p)
     loss = against[against['factor'] == 'boilerplate, highest against lowest'].iloc[0]
     assert loss['low'] < loss['mean'] < loss['high'] < 0, 'a difference is no share: its interval is not cut at 0'
     without = T.robustness_table(T.probe_values(cells[:4], 100), p)
-    assert not without['factor'].str.contains('highest').any() or without[without['factor'].str.contains('highest')]['difference'].notna().all()
+    assert (not without['factor'].str.contains('highest').any()
+            or without[without['factor'].str.contains('highest')]['difference'].notna().all())
 
 
 def test_the_clean_row_is_tested_once_and_swaps_not_at_all():
@@ -329,7 +370,8 @@ def test_the_clean_row_is_tested_once_and_swaps_not_at_all():
     noisy = [cell('gk', 1.8, factor=f, level=v) for f in ('drop', 'jitter', 'swap') for v in (.1, .5)]
     t = T.robustness_table(T.probe_values([cell('gk', 2.), cell('gk-image_only', 1.7), *noisy], 100), p)
     tested = t[t['p'].notna()][['factor', 'level']].apply(tuple, axis=1).tolist()
-    assert sorted(tested) == [('drop', 0.), ('drop', .1), ('drop', .5), ('jitter', .1), ('jitter', .5)] and t['difference'].notna().sum() == 9
+    assert (sorted(tested) == [('drop', 0.), ('drop', .1), ('drop', .5), ('jitter', .1), ('jitter', .5)]
+            and t['difference'].notna().sum() == 9)
 
 
 def test_prompt_recall_counts_stated_entities_among_the_chosen(tmp_path):
@@ -337,7 +379,8 @@ def test_prompt_recall_counts_stated_entities_among_the_chosen(tmp_path):
     stated = np.array([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]])
     score = np.array([[.9, .1, .8, 0, 0], [0, 0, .1, .8, .9], [.5, .4, .3, .2, .1]])
     ids, labels = ['a', 'b', 'c'], list('vwxyz')
-    pd.DataFrame([{'study_id': i, 'subject_id': i, 'split': 'test', 'label': l, 'y': float(stated[r, c]), 'score': score[r, c], 'protocol': 'ecls'} for r, i in enumerate(ids) for c, l in enumerate(labels)]).to_parquet(tmp_path/'predictions.parquet')
+    pd.DataFrame([{'study_id': i, 'subject_id': i, 'split': 'test', 'label': l, 'y': float(stated[r, c]), 'score': score[r, c],
+                   'protocol': 'ecls'} for r, i in enumerate(ids) for c, l in enumerate(labels)]).to_parquet(tmp_path/'predictions.parquet')
     pd.DataFrame({'label': labels, 'prevalence': [.1, .5, .1, .1, .4]}).to_parquet(tmp_path/'prevalence.parquet')
     found = {name: (values['prompt_recall'], n) for name, _, values, n, _ in T._prompts(tmp_path, 'gk', 2, 50)}
     assert found['gk'][0][0] == 3 / 4 and found['most_frequent'][0][0] == 2 / 4 and found['gk'][1] == 3 and len(found['gk'][0]) == 51
@@ -353,8 +396,11 @@ def test_subgroup_gaps_of_gk_are_tested_against_the_reference():
     areas = pd.DataFrame({'study_id': ids, 'split': 'test', 'label': 'a', 'area': .1})
     t = T.subgroup_table([a, unfair], {'phantom': (groups, areas, np.array([.1, .2, .3]), ids)}, p, n_boot=300)
     sex = t[(t['attribute'] == 'sex') & (t['metric'] == 'auroc')].set_index(['method', 'group'])
-    assert sex.loc[('itc_itm_lm', 'M'), 'mean'] == .5 and np.isclose(sex.loc[('gk', 'F'), 'mean'], np.mean([roc_auc_score(a.y[half], s[half]) for s in a.scores])) and sex.loc[('gk', 'F'), 'n'] == half.sum()
-    assert sex.loc[('gk', 'gap'), 'reference'] == 'itc_itm_lm' and sex.loc[('gk', 'gap'), 'verdict'] == 'lower' and np.isnan(sex.loc[('itc_itm_lm', 'M'), 'p'])
+    assert (sex.loc[('itc_itm_lm', 'M'), 'mean'] == .5
+            and np.isclose(sex.loc[('gk', 'F'), 'mean'], np.mean([roc_auc_score(a.y[half], s[half]) for s in a.scores]))
+            and sex.loc[('gk', 'F'), 'n'] == half.sum())
+    assert (sex.loc[('gk', 'gap'), 'reference'] == 'itc_itm_lm' and sex.loc[('gk', 'gap'), 'verdict'] == 'lower'
+            and np.isnan(sex.loc[('itc_itm_lm', 'M'), 'p']))
     assert set(t['attribute']) == {'sex', 'frequency of the finding'}, 'attributes that nobody knows are absent'
 
 
@@ -365,7 +411,8 @@ def test_subgroups_of_other_studies_are_refused():
 
 def test_groups_too_small_to_score_leave_no_table():
     c = cell('gk', 2.); ids = [f's{i:03d}' for i in range(150)]
-    files = pd.DataFrame({'study_id': ids, 'split': 'test', 'sex': '', 'age': '', 'view': '', 'habitus': ''}), pd.DataFrame({'study_id': ids, 'split': 'test', 'label': 'a', 'area': .1}), np.full(3, .1), ids
+    files = (pd.DataFrame({'study_id': ids, 'split': 'test', 'sex': '', 'age': '', 'view': '', 'habitus': ''}),
+             pd.DataFrame({'study_id': ids, 'split': 'test', 'label': 'a', 'area': .1}), np.full(3, .1), ids)
     assert not len(T.subgroup_table([c], {'phantom': files}, load_preset('smoke'), n_boot=30, least=200))
 
 
@@ -375,7 +422,8 @@ def test_other_test_data_is_refused():
 
 
 def test_sentences_are_judged_by_what_they_state():
-    parts, missed = judged_sentences('Left pleural effusion and a right pneumothorax. No mass. Normal trachea.', 'Left pleural effusion. Small nodule.')
+    parts, missed = judged_sentences('Left pleural effusion and a right pneumothorax. No mass. Normal trachea.',
+                                     'Left pleural effusion. Small nodule.')
     assert [v for _, v in parts] == ['wrong', 'none', 'none'] and missed == ['nodule']
 
 
@@ -402,11 +450,14 @@ seeds: [0]
 def test_a_study_with_variants(tmp_path):
     (tmp_path/'tiny.yaml').write_text(TINY)
     env = os.environ | {'GK_MVLP_OUT': str(tmp_path)}
-    r = subprocess.run([sys.executable, '-m', 'gk_mvlp.cli', 'paper', '--preset', str(tmp_path/'tiny.yaml'), '--cores', '2'], capture_output=True, text=True, env=env)
+    r = subprocess.run([sys.executable, '-m', 'gk_mvlp.cli', 'paper', '--preset', str(tmp_path/'tiny.yaml'), '--cores', '2'],
+                       capture_output=True, text=True, env=env)
     assert r.returncode == 0, r.stdout + r.stderr
     results = tmp_path/'paper_results/tiny'
     for name in ('ablation', 'grounding', 'robustness', 'subgroups', 'scaling'):
         t = pd.read_csv(results/f'tables/{name}.csv')
-        assert {'task', 'dataset', 'method', 'protocol', 'ratio', 'metric', 'mean', 'low', 'high', 'seeds', 'n'} <= set(t.columns) and len(t) and (t['task'] == name).all()
+        assert ({'task', 'dataset', 'method', 'protocol', 'ratio', 'metric', 'mean', 'low', 'high', 'seeds', 'n'} <= set(t.columns)
+                and len(t) and (t['task'] == name).all())
     manifest = json.loads((results/'manifest.json').read_text())
-    assert any(k.startswith('probing/') for k in manifest['runs']) and (results/'figures/ablations.pdf').is_file() and (results/'figures/robustness.png').is_file()
+    assert (any(k.startswith('probing/') for k in manifest['runs']) and (results/'figures/ablations.pdf').is_file()
+            and (results/'figures/robustness.png').is_file())

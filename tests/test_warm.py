@@ -45,7 +45,8 @@ def served(tmp_path_factory):
 
 def start(served, *argv, **options):
     d, env = served
-    return subprocess.Popen(warm.client_command(['gk_test_job', *argv]), env=env, cwd=d, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(warm.client_command(['gk_test_job', *argv]), env=env, cwd=d, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
 
 
 def alive(pid: int) -> bool:
@@ -138,21 +139,27 @@ def test_the_server_serves_on_after_nonsense(served):
 
 def test_what_is_preloaded_leaves_figures_to_the_kernel():
     "The inline backend configures the kernel that imports it first; imported in the server, it would leave every kernel without figures."
-    code = f"import importlib, sys; [importlib.import_module(m) for m in {warm.PRELOAD!r}]; assert 'matplotlib_inline.backend_inline' not in sys.modules; assert sys.modules['matplotlib.pyplot']._backend_mod is None"
-    r = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}, capture_output=True, text=True)
+    code = (f"import importlib, sys; [importlib.import_module(m) for m in {warm.PRELOAD!r}]; assert 'matplotlib_inline.backend_inline' not "
+            "in sys.modules; assert sys.modules['matplotlib.pyplot']._backend_mod is None")
+    r = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'},
+                       capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
 
 
 @pytest.mark.parametrize('forked', [True, False])
 def test_a_kernel_has_no_ports(served, tmp_path, monkeypatch, forked):
-    "Two jobs that begin at once find the same free ports, and one kernel dies. A socket in a folder is nobody else's, and goes with the kernel."
+    """Two jobs that begin at once find the same free ports, and one kernel dies. A socket in a folder is nobody else's, and goes with
+    the kernel."""
     import nbformat
     import papermill
     if forked: monkeypatch.setenv(warm.ADDRESS, served[1][warm.ADDRESS])
     else: monkeypatch.delenv(warm.ADDRESS, raising=False)
-    cell = nbformat.v4.new_code_cell('import json, os\nfrom ipykernel.connect import get_connection_info\nprint(json.dumps([*map(json.loads(get_connection_info()).get, ("transport", "ip")), os.getppid()]))')
+    cell = nbformat.v4.new_code_cell('import json, os\nfrom ipykernel.connect import '
+                                     'get_connection_info\nprint(json.dumps([*map(json.loads(get_connection_info()).get, ("transport", '
+                                     '"ip")), os.getppid()]))')
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path/'a.ipynb')
-    out = papermill.execute_notebook(str(tmp_path/'a.ipynb'), str(tmp_path/'b.ipynb'), kernel_name='python3', language='python', progress_bar=False, **warm.kernel_options())
+    out = papermill.execute_notebook(str(tmp_path/'a.ipynb'), str(tmp_path/'b.ipynb'), kernel_name='python3', language='python',
+                                     progress_bar=False, **warm.kernel_options())
     transport, ip, parent = json.loads(out.cells[-1].outputs[0].text)
     assert transport == 'ipc' and Path(ip).parent.name.startswith('gk-mvlp-') and len(ip) < 90
     assert (parent != os.getpid()) == forked

@@ -23,7 +23,8 @@ import pandas as pd
 import torch
 from PIL import Image
 
-for _k in ('GRADIO_ANALYTICS_ENABLED', 'HF_HUB_OFFLINE'): os.environ.setdefault(_k, 'False' if 'GRADIO' in _k else '1')   # before gradio is imported: nothing is sent
+# before gradio is imported: nothing is sent
+for _k in ('GRADIO_ANALYTICS_ENABLED', 'HF_HUB_OFFLINE'): os.environ.setdefault(_k, 'False' if 'GRADIO' in _k else '1')
 import gradio as gr
 
 from .predict import NOTICE, VALUES, Answer, Prediction, Predictor, mark_entities, warning_text
@@ -89,16 +90,22 @@ def picture_html(p: Prediction, study: Study | None = None # known truth: its fi
                  ) -> str:
     "The picture with a box for each found region."
     h, w = p.image.shape
-    rect = lambda box, rest, title='': f'<rect x="{box[0] * w:.1f}" y="{box[1] * h:.1f}" width="{(box[2] - box[0]) * w:.1f}" height="{(box[3] - box[1]) * h:.1f}" {rest}><title>{title}</title></rect>'
+    rect = lambda box, rest, title='': (
+        f'<rect x="{box[0] * w:.1f}" y="{box[1] * h:.1f}" width="{(box[2] - box[0]) * w:.1f}" '
+        f'height="{(box[3] - box[1]) * h:.1f}" {rest}><title>{title}</title></rect>')
     hexes = {r: '#' + ''.join(f'{round(255 * v):02x}' for v in c[:3]) for r, c in zip(REGIONS, region_colours(), strict=True)}
     boxes = p.regions[p.regions['found']][['x1', 'y1', 'x2', 'y2']].astype(float)
     area = (boxes['x2'] - boxes['x1']) * (boxes['y2'] - boxes['y1'])
-    shapes = [rect(boxes.loc[r].tolist(), f'class="gk-box" data-region="{r}" style="--c:{hexes[r]}"', r) for r in area.sort_values(ascending=False).index]     # small ones on top
+    # small ones on top
+    shapes = [rect(boxes.loc[r].tolist(), f'class="gk-box" data-region="{r}" style="--c:{hexes[r]}"', r)
+              for r in area.sort_values(ascending=False).index]
     if study: shapes += [rect(b.box, f'class="gk-truth" data-entity="{b.entity}"') for b in study.findings]
     legend = ''.join(f'<span><i style="background:{hexes[m[0]]}"></i>{g}</span>' for g, m in REGION_GROUPS.items())
     truth = '<span class="gk-true-key"><i></i>true place (phantom)</span>' if study and study.findings else ''
-    return (f'<figure class="gk-picture"><svg viewBox="0 0 {w} {h}" role="img" aria-label="X-ray with {len(boxes)} regions"><image href="{_data_uri(p.image)}" width="{w}" height="{h}" preserveAspectRatio="none"/>'
-            f'{"".join(shapes)}</svg><figcaption><div class="gk-said" aria-live="polite"></div><div class="gk-legend">{legend}{truth}</div></figcaption></figure>')
+    return (f'<figure class="gk-picture"><svg viewBox="0 0 {w} {h}" role="img" aria-label="X-ray with {len(boxes)} regions"><image '
+            f'href="{_data_uri(p.image)}" width="{w}" height="{h}" preserveAspectRatio="none"/>'
+            f'{"".join(shapes)}</svg><figcaption><div class="gk-said" aria-live="polite"></div><div '
+            f'class="gk-legend">{legend}{truth}</div></figcaption></figure>')
 
 # %% ../../nbs/apps/82_demo.ipynb #dfe2a07b
 @torch.no_grad()
@@ -120,11 +127,18 @@ def scores_html(p: Prediction, reference: pd.DataFrame | None = None, study: Stu
         share = f'{e["share"]:.3f}'
         bar, number = (share, '') if reference is None else (f'{100 * rank[name]:.0f}', f'<td class="gk-num">{share}</td>')
         off = '' if e['prompted'] else 'disabled'
-        rows.append(f'<tr data-entity="{name}" class="{"" if off else "gk-asked"}"><th scope="row"><button type="button" data-entity="{name}" {off} title="{escape(prompt(name))}">{name}</button>{true}</th>'
-                    f'<td class="gk-bar"><i style="width:{100 * rank[name]:.1f}%"></i><span>{bar}</span></td>{number}<td class="gk-where" title="{where}">{where}</td></tr>')
-    head = '<th>share</th>' if reference is None else f'<th title="per cent of {len(reference)} reference phantoms with a lower score">rank, %</th><th class="gk-num" title="softmax or sigmoid of the score">share</th>'
-    note = 'Not probabilities. ' + ('' if reference is None else f'Rank: per cent of {len(reference)} other phantoms with a lower score of the same finding. ') + 'Share: among the findings of this picture.'
-    return f'<table class="gk-scores"><thead><tr><th>finding</th>{head}<th class="gk-where">grounded in</th></tr></thead><tbody>{"".join(rows)}</tbody></table><p class="gk-foot">{note}</p>'
+        rows.append(f'<tr data-entity="{name}" class="{"" if off else "gk-asked"}"><th scope="row"><button type="button" '
+                    f'data-entity="{name}" {off} title="{escape(prompt(name))}">{name}</button>{true}</th>'
+                    f'<td class="gk-bar"><i style="width:{100 * rank[name]:.1f}%"></i><span>{bar}</span></td>{number}<td class="gk-where" '
+                    f'title="{where}">{where}</td></tr>')
+    head = ('<th>share</th>' if reference is None
+            else f'<th title="per cent of {len(reference)} reference phantoms with a lower score">rank, %</th><th class="gk-num" '
+                 'title="softmax or sigmoid of the score">share</th>')
+    note = 'Not probabilities. ' + ('' if reference is None
+                                    else f'Rank: per cent of {len(reference)} other phantoms with a lower '
+                                         'score of the same finding. ') + 'Share: among the findings of this picture.'
+    return (f'<table class="gk-scores"><thead><tr><th>finding</th>{head}<th class="gk-where">grounded '
+            f'in</th></tr></thead><tbody>{"".join(rows)}</tbody></table><p class="gk-foot">{note}</p>')
 
 # %% ../../nbs/apps/82_demo.ipynb #238e19bc
 def heat_map_html(p: Prediction) -> str:
@@ -132,21 +146,28 @@ def heat_map_html(p: Prediction) -> str:
     lift = p.attention * p.attention.shape[1]
     named = lift.drop(columns='(null)')
     if lift.empty: return '<p class="gk-empty">No region was found, so nothing is grounded.</p>'
-    if named.empty: return '<p class="gk-empty">Prompt mode <b>none</b>: regions see only the null prompt. Choose <b>predicted</b> or <b>all</b> to see which region asks which knowledge.</p>'
+    if named.empty:
+        return ('<p class="gk-empty">Prompt mode <b>none</b>: regions see only the null prompt. Choose <b>predicted</b> or <b>all</b> to '
+                'see which region asks which knowledge.</p>')
     low, high = float(named.min().min()), float(named.max().max())
     null = lift['(null)']
     head = ''.join(f'<th scope="col" data-entity="{n}"><button type="button" data-entity="{n}">{n}</button></th>' for n in named)
     tone = lambda v: f'--a:{(v - low) / max(high - low, 1e-9):.2f}'
-    rows = ''.join(f'<tr data-region="{r}"><th scope="row"><button type="button" data-region="{r}">{r}</button></th><td class="gk-null" style="--a:{min(null[r] / max(null.max(), 1e-9), 1):.2f}" title="{r}, no knowledge: lift {null[r]:.2f}"></td>'
-                   + ''.join(f'<td data-entity="{n}" data-region="{r}" style="{tone(v)}" title="{r}, {n}: lift {v:.2f}"></td>' for n, v in named.loc[r].items()) + '</tr>' for r in named.index)
-    return (f'<div class="gk-scroll"><table class="gk-heat"><thead><tr><td></td><th class="gk-nullhead"><span>no knowledge</span></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-            f'<p class="gk-scale"><span>lift {low:.2f}</span><i></i><span>{high:.2f}</span><span>1 = even share; <i class="gk-nullkey"></i> no knowledge, up to {null.max():.2f}</span></p>')
+    rows = ''.join(f'<tr data-region="{r}"><th scope="row"><button type="button" data-region="{r}">{r}</button></th><td class="gk-null" '
+                   f'style="--a:{min(null[r] / max(null.max(), 1e-9), 1):.2f}" title="{r}, no knowledge: lift {null[r]:.2f}"></td>'
+                   + ''.join(f'<td data-entity="{n}" data-region="{r}" style="{tone(v)}" title="{r}, {n}: lift {v:.2f}"></td>'
+                             for n, v in named.loc[r].items()) + '</tr>' for r in named.index)
+    return (f'<div class="gk-scroll"><table class="gk-heat"><thead><tr><td></td><th class="gk-nullhead"><span>no '
+            f'knowledge</span></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+            f'<p class="gk-scale"><span>lift {low:.2f}</span><i></i><span>{high:.2f}</span><span>1 = even share; <i '
+            f'class="gk-nullkey"></i> no knowledge, up to {null.max():.2f}</span></p>')
 
 # %% ../../nbs/apps/82_demo.ipynb #e134239d
 def report_html(report: str) -> str:
     "The report; present, uncertain and absent entities marked."
     if not report.strip(): return '<p class="gk-empty">The decoder wrote nothing.</p>'
-    return '<p class="gk-report">' + ''.join(f'<mark class="gk-{v}">{escape(t)}</mark>' if v else escape(t) for t, v in mark_entities(report)) + '</p>'
+    return '<p class="gk-report">' + ''.join(f'<mark class="gk-{v}">{escape(t)}</mark>' if v else escape(t)
+                                             for t, v in mark_entities(report)) + '</p>'
 
 _KEY = '<p class="gk-key">' + ''.join(f'<mark class="gk-{v}">{v}</mark>' for v in VALUES.values()) + '</p>'
 
@@ -155,22 +176,28 @@ def spread(p: Prediction) -> dict[str, str]:
     a, out = p.attention, {}
     for n in a.columns[1:] if len(a) else ():
         ratio = a[n].max() / max(a[n].min(), 1e-9)
-        out[n] = f'{n}: strongest in {a[n].idxmax()}, {ratio:.2f} times the weakest region' + ('. Hardly different: this model does not tell regions apart here.' if ratio < 1.5 else '.')
+        out[n] = (f'{n}: strongest in {a[n].idxmax()}, {ratio:.2f} times the weakest region'
+                  + ('. Hardly different: this model does not tell regions apart here.' if ratio < 1.5 else '.'))
     return out
 
 def result_html(p: Prediction, about: dict, reference: pd.DataFrame | None = None, study: Study | None = None, name: str = '') -> str:
     "All of a prediction as one linked view."
     data = {'light': light(p).round(3).to_dict(), 'said': spread(p)}
-    first = next((n for n in p.entities.index[p.entities['prompted']] if study is not None and study.labels.get(n) == 1), next(iter(p.entities.index[p.entities['prompted']]), ''))
+    first = next((n for n in p.entities.index[p.entities['prompted']] if study is not None and study.labels.get(n) == 1),
+                 next(iter(p.entities.index[p.entities['prompted']]), ''))
     warning = f'<p class="gk-warning" role="alert">{escape(warning_text(about))}</p>' if about['stuck'] else ''
     truth = f'<h3>True report of this phantom</h3>{report_html(study.report)}' if study else ''
-    return (f'<div class="gk-view" data-first="{first}" data-maps="{escape(json.dumps(data), quote=True)}">{warning}<div class="gk-top"><section><h2>Regions <small>{escape(name)}</small></h2>{picture_html(p, study)}'
-            f'<button type="button" class="gk-all" data-all>show all regions</button></section><section><h2>Findings <small>choose one</small></h2>{scores_html(p, reference, study)}</section></div>'
+    return (f'<div class="gk-view" data-first="{first}" data-maps="{escape(json.dumps(data), quote=True)}">{warning}<div '
+            f'class="gk-top"><section><h2>Regions <small>{escape(name)}</small></h2>{picture_html(p, study)}'
+            f'<button type="button" class="gk-all" data-all>show all regions</button></section><section><h2>Findings <small>choose '
+            f'one</small></h2>{scores_html(p, reference, study)}</section></div>'
             f'<section><h2>Region &times; prompt <small>which region asks which knowledge</small></h2>{heat_map_html(p)}</section>'
             f'<section><h2>Report <small>generated</small></h2>{_KEY}{report_html(p.report)}{truth}</section>'
             f'<p class="gk-foot">Model {escape(about["name"] or "without a name")}, prompts {p.mode}. {NOTICE}</p></div>')
 
-def error_html(err: str) -> str: "What is wrong with the input, as a message."; return f'<div class="gk-error" role="alert"><h2>That did not work</h2><p>{escape(err)}</p></div>'
+def error_html(err: str) -> str:
+    "What is wrong with the input, as a message."
+    return f'<div class="gk-error" role="alert"><h2>That did not work</h2><p>{escape(err)}</p></div>'
 
 # %% ../../nbs/apps/82_demo.ipynb #a57a9cd1
 CSS = '''
@@ -302,18 +329,23 @@ def build(page: Page) -> gr.Blocks:
     "The page; it shows the second sample at first."
     mode, first = 'all', page.pick(min(1, len(page.picks) - 1), 'all')
     with gr.Blocks(title='GK-MVLP: try it on a chest X-ray', analytics_enabled=False, delete_cache=(1800, 3600)) as demo:
-        gr.HTML(f'<header class="gk-head"><h1>GK-MVLP</h1><p>Regions, findings and a report of one chest X-ray, and which region each finding is grounded in.</p><p class="gk-notice" role="note">{NOTICE}</p></header>')
+        gr.HTML(f'<header class="gk-head"><h1>GK-MVLP</h1><p>Regions, findings and a report of one chest X-ray, and which region each '
+                f'finding is grounded in.</p><p class="gk-notice" role="note">{NOTICE}</p></header>')
         seen = gr.State(first[1], time_to_live=3600)
         with gr.Row(equal_height=False, elem_id='layout'):
             with gr.Column(scale=1, min_width=280):
                 file = gr.File(label=f'X-ray: JPEG, PNG, DICOM up to {MAX_MB} MB', height=170, elem_id='upload')
-                gallery = gr.Gallery([(_thumbnail(s), s.name) for s in page.picks], label='Or pick one', columns=3, height='auto', allow_preview=False, buttons=[], object_fit='cover', elem_id='samples')
-                prompts = gr.Radio(['none', 'predicted', 'all'], value=mode, label='Knowledge prompts', info='What the regions may ask: nothing, the best-scored findings, or all 18.', elem_id='mode')
-                question = gr.Textbox(label='Ask about the picture', placeholder='Is there a pleural effusion?', max_length=500, elem_id='question')
+                gallery = gr.Gallery([(_thumbnail(s), s.name) for s in page.picks], label='Or pick one', columns=3, height='auto',
+                                     allow_preview=False, buttons=[], object_fit='cover', elem_id='samples')
+                prompts = gr.Radio(['none', 'predicted', 'all'], value=mode, label='Knowledge prompts',
+                                   info='What the regions may ask: nothing, the best-scored findings, or all 18.', elem_id='mode')
+                question = gr.Textbox(label='Ask about the picture', placeholder='Is there a pleural effusion?', max_length=500,
+                                      elem_id='question')
                 button, answer = gr.Button('Ask', variant='primary', elem_id='ask'), gr.HTML(elem_id='answer')
             with gr.Column(scale=3, min_width=320): result = gr.HTML(first[0], elem_id='result')
         def picked(mode: str, event: gr.SelectData): return *page.pick(int(event.index), mode), ''
-        file.upload(lambda f, m: (*page.upload(f, m), '', None), [file, prompts], [result, seen, answer, file], api_name='upload')    # free for the next one
+        # free for the next one
+        file.upload(lambda f, m: (*page.upload(f, m), '', None), [file, prompts], [result, seen, answer, file], api_name='upload')
         gallery.select(picked, [prompts], [result, seen, answer], api_name=False)
         prompts.input(page.again, [seen, prompts], [result, seen], api_name=False)
         for event in (question.submit, button.click): event(page.ask, [seen, question], [answer], api_name=False)
@@ -334,9 +366,12 @@ def demo_command(model: str = '', port: int = 7860, host: str = '127.0.0.1', pic
     page = build(Page(predictor, picks, reference_scores(predictor)))
     font = [gr.themes.Font(f) for f in ('ui-sans-serif', 'system-ui', 'sans-serif')]
     try:
-        page.launch(server_name=host, server_port=port, share=False, ssr_mode=False, pwa=False, max_file_size=f'{MAX_MB}mb', footer_links=[], show_error=True, quiet=True, prevent_thread_lock=True, css=CSS, head=SCRIPT,
-                    theme=gr.themes.Base(primary_hue='blue', neutral_hue='slate', font=font, font_mono=[gr.themes.Font('ui-monospace'), gr.themes.Font('monospace')]))
-    except OSError as err: raise GKError(f'port {port} on {host} cannot be used ({err})', 'Choose another: gk-mvlp demo --port 7861.') from err
+        page.launch(server_name=host, server_port=port, share=False, ssr_mode=False, pwa=False, max_file_size=f'{MAX_MB}mb',
+                    footer_links=[], show_error=True, quiet=True, prevent_thread_lock=True, css=CSS, head=SCRIPT,
+                    theme=gr.themes.Base(primary_hue='blue', neutral_hue='slate', font=font,
+                                         font_mono=[gr.themes.Font('ui-monospace'), gr.themes.Font('monospace')]))
+    except OSError as err:
+        raise GKError(f'port {port} on {host} cannot be used ({err})', 'Choose another: gk-mvlp demo --port 7861.') from err
     print(f'model {predictor.about["name"]}; open http://{host}:{port} (stop with Ctrl-C). {NOTICE}', flush=True)
     if block: page.block_thread()
     return 0

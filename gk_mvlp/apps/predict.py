@@ -54,7 +54,8 @@ def check_grey(source: Path | str | np.ndarray, # as `load_image` takes it
     x = np.asarray(im.resize((128, 128), Image.Resampling.BOX)).astype(int)
     share = float((x.max(-1) - x.min(-1) > 40).mean())
     if share > most:
-        raise GKError(f'{"the picture" if isinstance(source, np.ndarray) else source}: {share:.0%} of it is in colour, so it is no radiograph', 'Give a frontal chest X-ray as JPEG, PNG or DICOM.')
+        raise GKError(f'{"the picture" if isinstance(source, np.ndarray) else source}: {share:.0%} of it is in colour, so it is no '
+                      'radiograph', 'Give a frontal chest X-ray as JPEG, PNG or DICOM.')
 
 # %% ../../nbs/apps/80_predict.ipynb #790f02d0
 @dataclass(frozen=True)
@@ -73,8 +74,10 @@ class Prediction:
         "JSON-ready: everything but the picture and the maps; an entity without a prompt has no region (None)."
         r, e = self.regions.round(4), self.entities.round(4)
         boxes = {n: [float(x) for x in r.loc[n, ['x1', 'y1', 'x2', 'y2']]] for n in r.index[r['found']]}
-        rows = [{'entity': n, **{k: None if pd.isna(v) else v for k, v in zip(e.columns, row, strict=True)}} for n, row in zip(e.index, e.itertuples(index=False), strict=True)]
-        return {'notice': NOTICE, 'prompts': self.mode, 'regions': boxes, 'region_scores': {n: float(v) for n, v in r['score'].items()}, 'entities': rows, 'report': self.report}
+        rows = [{'entity': n, **{k: None if pd.isna(v) else v for k, v in zip(e.columns, row, strict=True)}}
+                for n, row in zip(e.index, e.itertuples(index=False), strict=True)]
+        return {'notice': NOTICE, 'prompts': self.mode, 'regions': boxes, 'region_scores': {n: float(v) for n, v in r['score'].items()},
+                'entities': rows, 'report': self.report}
 
 # %% ../../nbs/apps/80_predict.ipynb #5d752371
 def find_model() -> Path | None:
@@ -96,24 +99,31 @@ def train_smoke(say=print # where the progress goes
                 ) -> Path:
     "Train the smoke study's detector and GK-MVLP as `make paper PRESET=smoke` does; the model folder."
     from gk_mvlp.study.run import run_notebook
-    say('No trained model in runs/: training the smoke study\'s detector and pre-training now (about a minute). Its output means nothing; `make paper` trains a better one.')
+    say('No trained model in runs/: training the smoke study\'s detector and pre-training now (about a minute). Its output means nothing; '
+        '`make paper` trains a better one.')
     runs, common = runs_dir()/'smoke', {'preset': 'smoke', 'data': '', 'seed': 0}
     run_notebook(notebooks_dir()/'experiments'/'70_detector.ipynb', runs/'detector', common)
-    run_notebook(notebooks_dir()/'experiments'/'71_pretrain.ipynb', runs/'pretrain'/'gk-s0', common | {'objective': 'gk', 'detector': str(runs/'detector')})
+    run_notebook(notebooks_dir()/'experiments'/'71_pretrain.ipynb', runs/'pretrain'/'gk-s0',
+                 common | {'objective': 'gk', 'detector': str(runs/'detector')})
     return runs/'pretrain'/'gk-s0'/'model'
 
+# %% ../../nbs/apps/80_predict.ipynb #493b6269
 def detector_folder(model: Path) -> Path:
     "The detector of a model folder: `detector/` in it, or the study's (runs/<preset>/detector/model)."
     for p in (model/'detector', *(q/'detector'/'model' for q in list(model.resolve().parents)[:4])):
         if (p/'config.json').is_file(): return p
-    raise GKError(f'{model}: no region detector with this model (looked for detector/ in it and for the study\'s)', 'Give a folder written by `gk-mvlp export`, or runs/<preset>/pretrain/<run>/model.')
+    raise GKError(f'{model}: no region detector with this model (looked for detector/ in it and for the study\'s)',
+                  'Give a folder written by `gk-mvlp export`, or runs/<preset>/pretrain/<run>/model.')
 
 def find_vqa(model: Path) -> Path | None:
-    "The question answerer of a model folder: `vqa/` in it, or that of the study's run of this method with most labels, of the same seed if there is one."
+    """The question answerer of a model folder: `vqa/` in it, or that of the study's run of this method with most labels, of the same
+    seed if there is one."""
     if (model/'vqa'/'vqa.json').is_file(): return model/'vqa'
     name = re.fullmatch(r'(.+)-(s\d+)', model.resolve().parent.name)
     if not name or len(model.resolve().parents) < 3: return None
-    runs = [(m[2] == name[2], float(m[1]), p/'classification'/'model') for p in (model.resolve().parents[2]/'vqa').glob(f'*-{name[1]}-r*') if (m := re.fullmatch(rf'.+-{re.escape(name[1])}-r([\d.]+)-(s\d+)', p.name))]
+    runs = [(m[2] == name[2], float(m[1]), p/'classification'/'model')
+            for p in (model.resolve().parents[2]/'vqa').glob(f'*-{name[1]}-r*')
+            if (m := re.fullmatch(rf'.+-{re.escape(name[1])}-r([\d.]+)-(s\d+)', p.name))]
     done = [r for r in runs if (r[2]/'vqa.json').is_file() and (r[2].parents[1]/'metrics.json').is_file()]
     return max(done)[2] if done else None
 
@@ -135,7 +145,8 @@ def warning_text(about: dict) -> str:
     "One sentence on what of a model's output means nothing; '' if every loss learnt."
     if not about['stuck']: return ''
     what = ' and '.join(_RESTS_ON.get(k, k) for k in about['stuck'])
-    return f'WARNING: the pre-training of {about["name"] or "this model"} did not learn {", ".join(k.upper() for k in about["stuck"])} (stuck where a model that knows nothing is), so {what} mean nothing.'
+    return (f'WARNING: the pre-training of {about["name"] or "this model"} did not learn {", ".join(k.upper() for k in about["stuck"])} '
+            f'(stuck where a model that knows nothing is), so {what} mean nothing.')
 
 # %% ../../nbs/apps/80_predict.ipynb #8fa2e554
 class Predictor:
@@ -144,9 +155,12 @@ class Predictor:
                  folder: Path | None = None, # where the model was read from
                  vqa: VQAModel | None = None # a question answerer made from the model by the VQA task
                  ):
-        if not model.config.gk: raise GKError(f'this model has objective {model.config.objective!r} and no GK module, so it grounds nothing', "Give a model of objective 'gk'.")
+        if not model.config.gk:
+            raise GKError(f'this model has objective {model.config.objective!r} and no GK module, so it grounds nothing',
+                          "Give a model of objective 'gk'.")
         if detector.config.image_size != model.config.image_size:
-            raise GKError(f'the detector sees {detector.config.image_size} pixels and the model {model.config.image_size}', 'Take both from the same study.')
+            raise GKError(f'the detector sees {detector.config.image_size} pixels and the model {model.config.image_size}',
+                          'Take both from the same study.')
         self.model, self.detector, self.about = model.eval(), detector.eval(), about or {'name': '', 'preset': '', 'stuck': []}
         self.folder, self.vqa = folder, None if vqa is None else vqa.eval()
 
@@ -164,13 +178,15 @@ class Predictor:
 
     def batch(self, image: np.ndarray) -> dict:
         "The picture and its regions, as the model takes them."
-        return StudySet([Study('picture', 'picture', image=image)], None, self.model.config.image_size, detector=self.detector, progress=False)[[0]]
+        return StudySet([Study('picture', 'picture', image=image)], None, self.model.config.image_size, detector=self.detector,
+                        progress=False)[[0]]
 
 # %% ../../nbs/apps/80_predict.ipynb #9b9525d7
 def _regions(batch: dict, frame: Frame) -> pd.DataFrame:
     boxes = frame.from_frame(batch['region_boxes'][0].double().numpy())
     ok = batch['region_valid'][0].numpy() & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    return pd.DataFrame(boxes, index=pd.Index(REGIONS, name='region'), columns=['x1', 'y1', 'x2', 'y2']).assign(score=batch['region_scores'][0].numpy(), found=ok)
+    return pd.DataFrame(boxes, index=pd.Index(REGIONS, name='region'),
+                        columns=['x1', 'y1', 'x2', 'y2']).assign(score=batch['region_scores'][0].numpy(), found=ok)
 
 def _entities(scores: torch.Tensor, attention: pd.DataFrame, form: str) -> pd.DataFrame:
     "Scores [E] and attention [found regions, null + prompts] as the table of `Prediction`."
@@ -178,7 +194,8 @@ def _entities(scores: torch.Tensor, attention: pd.DataFrame, form: str) -> pd.Da
     e = pd.DataFrame({'score': scores.numpy(), 'share': share.numpy()}, index=pd.Index(ENTITY_NAMES, name='entity')).astype(float)
     e['prompted'] = [n in attention.columns for n in e.index]
     best = attention.drop(columns='(null)') if len(attention) else attention.iloc[:, :0]
-    e['region'], e['attention'] = pd.Series(best.idxmax() if best.size else {}, dtype=object), pd.Series(best.max() if best.size else {}, dtype=float)
+    e['region'], e['attention'] = (pd.Series(best.idxmax() if best.size else {}, dtype=object),
+                                   pd.Series(best.max() if best.size else {}, dtype=float))
     e['lift'] = e['attention'] * attention.shape[1]
     return e.sort_values('score', ascending=False, kind='stable')
 
@@ -187,7 +204,8 @@ def _predict(self, source: Path | str | np.ndarray, # JPEG, PNG or DICOM file, o
              mode: str = 'predicted', # prompts: none, predicted or all
              num_beams: int = 3) -> Prediction:
     "Look at one picture. A `GKError` names a file that is no whole grey picture, or an unknown mode."
-    if mode not in ('none', 'predicted', 'all'): raise GKError(f'prompt mode {mode!r}', 'Use none, predicted or all: a picture alone has no report to take prompts from.')
+    if mode not in ('none', 'predicted', 'all'):
+        raise GKError(f'prompt mode {mode!r}', 'Use none, predicted or all: a picture alone has no report to take prompts from.')
     image, m = load_image(source), self.model
     check_grey(source)
     frame, batch = Frame(image.shape[1], image.shape[0], m.config.image_size), self.batch(image)
@@ -200,15 +218,18 @@ def _predict(self, source: Path | str | np.ndarray, # JPEG, PNG or DICOM file, o
     ids = m.report_decoder.generate(*memory, max_new_tokens=m.config.max_length - 1, num_beams=num_beams)
     grid = m.image_encoder.grid
     return Prediction(image, mode, regions, _entities(z['entity_scores'][0].float(), attention, m.config.ecls_form), attention,
-                      z['patch_attention'][0].mean(0).view(len(REGIONS), grid, grid).numpy(), frame, m.tokenizer.decode(ids[0], skip_special_tokens=True).strip())
+                      z['patch_attention'][0].mean(0).view(len(REGIONS), grid, grid).numpy(), frame,
+                      m.tokenizer.decode(ids[0], skip_special_tokens=True).strip())
 Predictor.__call__ = _predict
 
 # %% ../../nbs/apps/80_predict.ipynb #5242f07d
-_TERMS = re.compile(r'\b(' + '|'.join(re.escape(t) for t in sorted((t for e in ENTITIES for t in (e.name, *e.synonyms)), key=len, reverse=True)) + r')\b', re.IGNORECASE)
+_TERMS = re.compile(r'\b(' + '|'.join(re.escape(t) for t in sorted((t for e in ENTITIES for t in (e.name, *e.synonyms)), key=len,
+                                                                   reverse=True)) + r')\b', re.IGNORECASE)
 VALUES = {1: 'present', 0: 'uncertain', -1: 'absent'}
 
 def mark_entities(report: str) -> list[tuple[str, str | None]]:
-    "The report in pieces, in order: (text, None) or (words of an entity, 'present', 'uncertain' or 'absent'). Joined, the pieces are the report."
+    """The report in pieces, in order: (text, None) or (words of an entity, 'present', 'uncertain' or 'absent'). Joined, the pieces are
+    the report."""
     out: list[tuple[str, str | None]] = []
     for sentence in re.split(r'(?<=[.!?])(?=\s)', report):
         said, at = extract_entities(sentence), 0
@@ -241,15 +262,19 @@ def parse_question(question: str) -> tuple[str, str]:
     "('where', entity), ('is', entity) or ('which', ''); a `GKError` says which questions are understood."
     q = question.strip().lower()
     found = _TERMS.search(q)
-    if found: return 'where' if q.startswith(('where', 'in which', 'which region', 'which side', 'on which')) else 'is', lookup(found.group()).name
+    if found:
+        return ('where' if q.startswith(('where', 'in which', 'which region', 'which side', 'on which')) else 'is',
+                lookup(found.group()).name)
     if re.search(r'\b(?:what|which)\b.*\b(?:finding|abnormal|diagnos|disease|patholog|wrong|see|show)', q): return 'which', ''
-    raise GKError(f'{question.strip()!r}: this question is not understood', f'Ask "Is there ...?", "Where is ...?" or "Which findings are there?" about: {", ".join(ENTITY_NAMES)}.')
+    raise GKError(f'{question.strip()!r}: this question is not understood',
+                  f'Ask "Is there ...?", "Where is ...?" or "Which findings are there?" about: {", ".join(ENTITY_NAMES)}.')
 
 @torch.no_grad()
 def _answer(self, image: np.ndarray, question: str) -> Answer:
     "The fine-tuned model's answer."
     net, c = self.vqa, self.vqa.model.config
-    data = QASet([Study('picture', 'picture', image=image, qa=[QA(question, net.answers[0], 'open')])], net.model.tokenizer, net.answers, c.image_size, c.max_length, detector=self.detector, progress=False)
+    data = QASet([Study('picture', 'picture', image=image, qa=[QA(question, net.answers[0], 'open')])], net.model.tokenizer, net.answers,
+                 c.image_size, c.max_length, detector=self.detector, progress=False)
     p = net.head(net.norm(net.encode(data[[0]])[0][:, 0]))[0].float().softmax(0)
     at = {a: float(p[i]) for i, a in enumerate(net.answers)}
     text = max(at, key=at.__getitem__)
@@ -296,21 +321,25 @@ def overlay(p: Prediction, entity: str = '', # '' = all regions, else the region
             ) -> Image.Image:
     "The picture with its regions, RGB. A `GKError` if the entity had no prompt."
     h, w = p.image.shape
-    base = Image.fromarray(p.image).resize((max(1, round(w * side / max(h, w))), max(1, round(h * side / max(h, w)))), Image.Resampling.BICUBIC).convert('RGB')
+    base = Image.fromarray(p.image).resize((max(1, round(w * side / max(h, w))), max(1, round(h * side / max(h, w)))),
+                                           Image.Resampling.BICUBIC).convert('RGB')
     colours, font = dict(zip(REGIONS, map(_rgb, region_colours()), strict=True)), ImageFont.load_default(max(10, side // 48))
     boxes = p.regions.loc[p.regions['found'], ['x1', 'y1', 'x2', 'y2']] * (base.width, base.height, base.width, base.height)
     if not entity:
         draw = ImageDraw.Draw(base)
-        for name, box in zip(boxes.index, boxes.to_numpy(), strict=True): draw.rectangle(box.tolist(), outline=colours[name], width=max(1, side // 384))
+        for name, box in zip(boxes.index, boxes.to_numpy(), strict=True):
+            draw.rectangle(box.tolist(), outline=colours[name], width=max(1, side // 384))
         strip = _legend(base.width, font)
         out = Image.new('RGB', (base.width, base.height + strip.height)); out.paste(base, (0, 0)); out.paste(strip, (0, base.height))
         return out
-    if entity not in p.attention.columns: raise GKError(f'{entity!r}: no prompt asked for it', 'Choose one of the prompted entities, or use prompt mode all.')
+    if entity not in p.attention.columns:
+        raise GKError(f'{entity!r}: no prompt asked for it', 'Choose one of the prompted entities, or use prompt mode all.')
     a = p.attention[entity]
     strength = (a - a.min()) / max(float(a.max() - a.min()), 1e-9)
     glow = Image.new('RGBA', base.size)
     for name in strength.sort_values().index:                # the strongest last, on top
-        layer = Image.new('RGBA', base.size); ImageDraw.Draw(layer).rectangle(boxes.loc[name].tolist(), fill=(255, 140, 0, round(110 * strength[name] ** 2)))
+        layer = Image.new('RGBA', base.size)
+        ImageDraw.Draw(layer).rectangle(boxes.loc[name].tolist(), fill=(255, 140, 0, round(110 * strength[name] ** 2)))
         glow = Image.alpha_composite(glow, layer)
     draw, taken = ImageDraw.Draw(glow), []
     for name in strength.nlargest(3).index[::-1]:
@@ -327,17 +356,19 @@ def describe(p: Prediction, about: dict | None = None) -> str:
     if about and about['stuck']: out.append(warning_text(about))
     missing = r.index[~r['found']].tolist()
     out.append(f'Regions found: {int(r["found"].sum())} of {len(r)}' + (f' (not: {", ".join(missing)})' if missing else ''))
-    out.append(f'Entities (prompt mode {p.mode}; share: {"of all entities" if abs(p.entities["share"].sum() - 1) < 1e-3 else "of 1, each by itself"}; lift 1 = no grounding)')
+    out.append(f'Entities (prompt mode {p.mode}; share: '
+               f'{"of all entities" if abs(p.entities["share"].sum() - 1) < 1e-3 else "of 1, each by itself"}; lift 1 = no grounding)')
     for name, e in p.entities.iterrows():
         where = f'{e["region"]} (lift {e["lift"]:.2f})' if e['prompted'] and isinstance(e['region'], str) else '-'
         out.append(f'  {name:22s}{e["share"]:6.3f}  {where}')
     return '\n'.join([*out, f'Report: {p.report or "(empty)"}', NOTICE])
 
 # %% ../../nbs/apps/80_predict.ipynb #d6358370
-def predict_command(image: str, model: str = '', question: str = '', prompts: str = 'predicted', report_out: str = '', overlay_out: str = '', as_json: bool = False) -> int:
+def predict_command(image: str, model: str = '', question: str = '', prompts: str = 'predicted', report_out: str = '',
+                    overlay_out: str = '', as_json: bool = False) -> int:
     "Predict one file, print text or JSON (notes go to standard error), write the report and the overlay where asked."
     path = model_folder(model)
-    if question and not (path and find_vqa(path)): parse_question(question)        # mistakes are said before a model is loaded, or even trained
+    if question and not (path and find_vqa(path)): parse_question(question)  # mistakes are said before a model is loaded, or even trained
     load_image(image); check_grey(image)
     predictor = Predictor.from_pretrained(model, say=lambda text: print(text, file=sys.stderr, flush=True))
     p = predictor(image, prompts)

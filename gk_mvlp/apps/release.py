@@ -31,7 +31,8 @@ _SHOWN = ('task', 'dataset', 'ratio', 'protocol', 'attribute', 'group', 'metric'
 
 def study_results(tables: Path, # paper_results/<preset>/tables
                   methods: tuple[str, ...] = ('gk', 'detector')) -> pd.DataFrame:
-    "The rows of these methods in the tables of a study: what was measured, the value with its 95 % interval, seeds and n. Of subgroups AUROC alone."
+    """The rows of these methods in the tables of a study: what was measured, the value with its 95 % interval, seeds and n. Of subgroups
+    AUROC alone."""
     frames = []
     for path in (f for f in (tables/f'{n}.csv' for n in _TABLES) if f.is_file()):
         t = pd.read_csv(path)
@@ -39,26 +40,36 @@ def study_results(tables: Path, # paper_results/<preset>/tables
         if 'factor' in t: t = t[t['factor'].isna()]
         if 'attribute' in t: t = t[t['metric'] == 'auroc']
         out = pd.DataFrame({k: t[k] for k in _SHOWN if k in t})
-        out['value (95 % interval)'] = [f'{m:.3f}' + ('' if a != a else f' ({a:.3f} to {b:.3f})') for m, a, b in zip(t['mean'], t['low'], t['high'], strict=True)]
+        out['value (95 % interval)'] = [f'{m:.3f}' + ('' if a != a else f' ({a:.3f} to {b:.3f})')
+                                        for m, a, b in zip(t['mean'], t['low'], t['high'], strict=True)]
         frames.append(out.assign(seeds=t['seeds'], n=t['n']))
     return pd.concat(frames, ignore_index=True).fillna('') if frames else pd.DataFrame()
 
+# %% ../../nbs/apps/81_release.ipynb #cf18d8a1
 def _training(run: Path, preset: str) -> list[str]:
     "How the run was trained: data, steps, health report, commit."
     config, metrics = (json.loads(read_text(run/f)) for f in ('config.json', 'metrics.json'))
     p = load_preset(preset) if preset in preset_names() else None
     train = config['settings']['train']
     out = [f'- Study `{preset}`: {p.about}' if p else f'- Study `{preset}`.',
-           f'- Data: {metrics["n_train"]} training and {metrics["n_val"]} validation studies of `{p.pretrain_dataset if p else "?"}`, split by patient, fingerprint `{config["data_fingerprint"][:16]}`.']
-    if p and p.pretrain_dataset == 'phantom': out.append('- **These are synthetic X-rays**, drawn by a program (`nbs/data/14_phantom.ipynb`). The model has seen no real patient.')
-    if p and p.credentialed: out.append('- The data are under a use agreement: check what it says about sharing weights before you share them.')
-    out.append(f'- {metrics["epochs"]} epochs, batch {train["batch_size"]}, learning rate {train["lr"]:g}, seed {train["seed"]}; the epoch with the best validation loss is kept.')
+           f'- Data: {metrics["n_train"]} training and {metrics["n_val"]} validation studies of `{p.pretrain_dataset if p else "?"}`, '
+           f'split by patient, fingerprint `{config["data_fingerprint"][:16]}`.']
+    if p and p.pretrain_dataset == 'phantom':
+        out.append('- **These are synthetic X-rays**, drawn by a program (`nbs/data/14_phantom.ipynb`). '
+                   'The model has seen no real patient.')
+    if p and p.credentialed:
+        out.append('- The data are under a use agreement: check what it says about sharing weights before you share them.')
+    out.append(f'- {metrics["epochs"]} epochs, batch {train["batch_size"]}, learning rate {train["lr"]:g}, seed {train["seed"]}; the epoch '
+               'with the best validation loss is kept.')
     if (run/'env.json').is_file():
         env = json.loads(read_text(run/'env.json'))
-        out.append(f'- Commit `{env["commit"][:12]}`{" with uncommitted changes" if env["dirty"] else ""}, PyTorch {env["torch"]}, {env["gpu"] or str(env["cpus"]) + " CPU cores"}, {env["seconds"]:.0f} s.')
+        out.append(f'- Commit `{env["commit"][:12]}`{" with uncommitted changes" if env["dirty"] else ""}, PyTorch {env["torch"]}, '
+                   f'{env["gpu"] or str(env["cpus"]) + " CPU cores"}, {env["seconds"]:.0f} s.')
     names = [k.removesuffix('_verdict') for k in metrics if k.endswith('_verdict')]
-    rows = pd.DataFrame({'loss': names, 'untrained, validation': [metrics[f'{k}_start'] for k in names], 'best, validation': [metrics[f'{k}_end'] for k in names], 'verdict': [metrics[f'{k}_verdict'] for k in names]})
-    return [*out, '', 'Did it learn? A loss that is "stuck" stayed where a model that knows nothing is.', '', rows.to_markdown(index=False, floatfmt='.3f')]
+    rows = pd.DataFrame({'loss': names, 'untrained, validation': [metrics[f'{k}_start'] for k in names],
+                         'best, validation': [metrics[f'{k}_end'] for k in names], 'verdict': [metrics[f'{k}_verdict'] for k in names]})
+    return [*out, '', 'Did it learn? A loss that is "stuck" stayed where a model that knows nothing is.', '',
+            rows.to_markdown(index=False, floatfmt='.3f')]
 
 # %% ../../nbs/apps/81_release.ipynb #97f1e469
 _LIMITS = f'''- {NOTICE} No part of it was tested on patients, and it must not be used to decide about any.
@@ -72,27 +83,41 @@ def model_card(p: Predictor) -> str:
     "The card as Markdown; of a model whose run folder is not there, without the parts that only the run knows."
     c, preset, run = p.model.config, p.about.get('preset', ''), p.folder.parent if p.folder else None
     known = run is not None and all((run/f).is_file() for f in ('config.json', 'metrics.json'))
-    if not known and p.folder and (p.folder/'about.json').is_file() and (p.folder/'README.md').is_file(): return read_text(p.folder/'README.md')   # exported before
+    # exported before
+    if not known and p.folder and (p.folder/'about.json').is_file() and (p.folder/'README.md').is_file():
+        return read_text(p.folder/'README.md')
     rows = study_results(results_dir()/preset/'tables') if preset else pd.DataFrame()
     groups = [k for k in ('attribute', 'group') if k in rows]
     n = lambda m: f'{sum(x.numel() for x in m.parameters()) / 1e6:.2f} million'
-    out = ['---', 'license: apache-2.0', 'language: en', 'library_name: gk_mvlp', 'pipeline_tag: image-to-text', 'tags: [chest-x-ray, vision-language, grounding, research-only]', '---', '',
-           f'# GK-MVLP {p.about["name"]}'.rstrip(), '', f'**{NOTICE}** Grounded knowledge-enhanced vision-language model for chest X-rays: an independent implementation of arXiv 2404.14750.', '',
-           '```python', 'from gk_mvlp.apps.predict import Predictor', "predictor = Predictor.from_pretrained('this folder')", "print(predictor('picture.png').entities)", '```', '',
-           '## Model', '', f'- Image encoder `{c.image_encoder}`, {c.image_size} x {c.image_size} pixels, patches of {c.patch_size}, width {c.dim}; objective `{c.objective}`, prompts in training `{c.train_prompts}`, at inference `{c.prompts}`.',
+    out = ['---', 'license: apache-2.0', 'language: en', 'library_name: gk_mvlp', 'pipeline_tag: image-to-text',
+           'tags: [chest-x-ray, vision-language, grounding, research-only]', '---', '',
+           f'# GK-MVLP {p.about["name"]}'.rstrip(), '',
+           f'**{NOTICE}** Grounded knowledge-enhanced vision-language model for chest X-rays: an independent implementation of arXiv '
+           '2404.14750.', '',
+           '```python', 'from gk_mvlp.apps.predict import Predictor', "predictor = Predictor.from_pretrained('this folder')",
+           "print(predictor('picture.png').entities)", '```', '',
+           '## Model', '', f'- Image encoder `{c.image_encoder}`, {c.image_size} x {c.image_size} pixels, patches of {c.patch_size}, width '
+                           f'{c.dim}; objective `{c.objective}`, prompts in training `{c.train_prompts}`, at inference `{c.prompts}`.',
            f'- {n(p.model)} parameters, and {n(p.detector)} in the region detector (`detector/`).', '', '## Training', '',
-           *(_training(run, preset) if known else ['Not known: the run folder was not there when this card was written.']), '', '## Results', '']
+           *(_training(run, preset) if known else ['Not known: the run folder was not there when this card was written.']), '',
+           '## Results', '']
     if rows.empty: out.append('Not known: the study has no tables here. `make paper` measures them.')
-    else: out += [f'All seeds of study `{preset}` together; baselines and controls are in `paper_results/{preset}/tables`.', '', rows[~rows[groups].astype(bool).any(axis=1)].drop(columns=groups).to_markdown(index=False)]
+    else:
+        out += [f'All seeds of study `{preset}` together; baselines and controls are in `paper_results/{preset}/tables`.', '',
+                rows[~rows[groups].astype(bool).any(axis=1)].drop(columns=groups).to_markdown(index=False)]
     out += ['', '## Subgroups', '']
-    out.append('AUROC of each group, the worst one, and the gap between best and worst.\n\n' + rows[rows[groups].astype(bool).any(axis=1)].drop(columns=['task', 'metric']).to_markdown(index=False) if groups else 'Not measured: whether it works equally well for all sexes, ages and views is not known.')
-    return '\n'.join([*out, '', '## Limits', '', _LIMITS, '', '## Licence', '', 'Apache-2.0. Data that it was trained on keep their own licences.', ''])
+    out.append('AUROC of each group, the worst one, and the gap between best and worst.\n\n'
+               + rows[rows[groups].astype(bool).any(axis=1)].drop(columns=['task', 'metric']).to_markdown(index=False)
+               if groups else 'Not measured: whether it works equally well for all sexes, ages and views is not known.')
+    return '\n'.join([*out, '', '## Limits', '', _LIMITS, '', '## Licence', '',
+                      'Apache-2.0. Data that it was trained on keep their own licences.', ''])
 
 # %% ../../nbs/apps/81_release.ipynb #c8610f34
 def save_predictor(self: Predictor, folder: str | Path) -> Path:
     "Write model, detector/, about.json and the card (README.md) to an empty or new folder."
     folder = Path(folder)
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder/'about.json').is_file(): raise GKError(f'{folder}: is not empty', 'Give a new folder, or one written by save_pretrained.')
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder/'about.json').is_file():
+        raise GKError(f'{folder}: is not empty', 'Give a new folder, or one written by save_pretrained.')
     card = model_card(self)
     save_detector(self.detector, folder/'detector')
     if self.vqa is not None: save_vqa(self.vqa, folder/'vqa')
@@ -105,15 +130,21 @@ Predictor.save_pretrained = save_predictor
 
 # %% ../../nbs/apps/81_release.ipynb #62f4bf35
 class PictureClassifier(nn.Module):
-    "Image encoder and classifiers as one module without text: uint8 [B, S, S] to features [B, 2D], entity_scores [B, E] (and logits [B, C])."
+    """Image encoder and classifiers as one module without text: uint8 [B, S, S] to features [B, 2D], entity_scores [B, E] (and logits
+    [B, C])."""
     def __init__(self, model: GKMVLP, classifier: Classifier | None = None):
         super().__init__()
-        if not model.config.gk: raise GKError(f'objective {model.config.objective!r} has no entity scores', "Give a model of objective 'gk'.")
-        if classifier is not None and (classifier.kind != 'image' or classifier.model is not model): raise GKError('the classifier does not fit', "Give a Classifier of kind 'image' on this very model.")
-        self.image_encoder, self.entity_image_proj, self.head = model.image_encoder, model.entity_image_proj, None if classifier is None else nn.Sequential(classifier.norm, classifier.head)
+        if not model.config.gk:
+            raise GKError(f'objective {model.config.objective!r} has no entity scores', "Give a model of objective 'gk'.")
+        if classifier is not None and (classifier.kind != 'image' or classifier.model is not model):
+            raise GKError('the classifier does not fit', "Give a Classifier of kind 'image' on this very model.")
+        self.image_encoder, self.entity_image_proj = model.image_encoder, model.entity_image_proj
+        self.head = None if classifier is None else nn.Sequential(classifier.norm, classifier.head)
         with torch.no_grad():
-            self.register_buffer('entities', F.normalize(model.entity_proj(model.fixed_texts('entity')), dim=-1) * model.entity_scale.exp().clamp(1, 100))
-            self.register_buffer('bias', model.entity_bias.detach().clone() if model.config.ecls_form == 'sigmoid' else torch.zeros(len(ENTITY_NAMES)))
+            self.register_buffer('entities', F.normalize(model.entity_proj(model.fixed_texts('entity')),
+                                                         dim=-1) * model.entity_scale.exp().clamp(1, 100))
+            self.register_buffer('bias', model.entity_bias.detach().clone()
+                                 if model.config.ecls_form == 'sigmoid' else torch.zeros(len(ENTITY_NAMES)))
         self.eval()
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, ...]:
@@ -129,7 +160,8 @@ def export_onnx(net: PictureClassifier, path: str | Path) -> Path:
     except ImportError as err: raise GKError(f'ONNX export needs {err.name}', "Install it: pip install 'gk_mvlp[dev]'.") from err
     size, names = net.image_encoder.image_size, ['features', 'entity_scores'] + ['logits'] * (net.head is not None)
     program = torch.onnx.export(net, (torch.zeros(2, size, size, dtype=torch.uint8),), input_names=['pictures'], output_names=names,
-                                dynamic_shapes=({0: torch.export.Dim('pictures_in_batch')},), dynamo=True, external_data=False, verbose=False)
+                                dynamic_shapes=({0: torch.export.Dim('pictures_in_batch')},), dynamo=True, external_data=False,
+                                verbose=False)
     proto = program.model_proto
     for k, v in {'entities': json.dumps(ENTITY_NAMES), 'notice': NOTICE}.items():
         entry = proto.metadata_props.add(); entry.key, entry.value = k, v

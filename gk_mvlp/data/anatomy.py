@@ -34,5 +34,6 @@ REGION_GROUPS: dict[str, tuple[str, ...]] = {
     'lungs': tuple(r for r in REGIONS if 'lung' in r or 'apical' in r),
     'pleura and diaphragm': tuple(r for r in REGIONS if 'costophrenic' in r or 'hemidiaphragm' in r),
     'hila and airways': tuple(r for r in REGIONS if 'hilar' in r) + ('trachea', 'carina'),
-    'heart and mediastinum': ('aortic arch', 'mediastinum', 'upper mediastinum', 'svc', 'cardiac silhouette', 'cavoatrial junction', 'right atrium'),
+    'heart and mediastinum': ('aortic arch', 'mediastinum', 'upper mediastinum', 'svc', 'cardiac silhouette', 'cavoatrial junction',
+                              'right atrium'),
     'bones and abdomen': ('spine', 'right clavicle', 'left clavicle', 'abdomen')}

@@ -37,12 +37,16 @@ def _named(items: Sequence[str], most: int = 3) -> str: return ', '.join(map(str
 def _counts(studies: list[Study]) -> list[Check]:
     "What was found, and in which parts."
     parts = Counter(s.split or 'no split' for s in studies)
-    have = {'with a report': [s for s in studies if s.report.strip()], 'with region boxes': [s for s in studies if s.regions], 'with finding boxes': [s for s in studies if s.findings],
-            'with relations': [s for s in studies if s.relations], 'with questions': [s for s in studies if s.qa], 'with labels': [s for s in studies if s.labels], 'with a further view': [s for s in studies if s.other_views]}
-    out = [Check('studies', 'ok', len(studies), ', '.join(f'{k} {v}' for k, v in sorted(parts.items()))), Check('patients', 'ok', len({s.subject_id for s in studies}))]
+    have = {'with a report': [s for s in studies if s.report.strip()], 'with region boxes': [s for s in studies if s.regions],
+            'with finding boxes': [s for s in studies if s.findings],
+            'with relations': [s for s in studies if s.relations], 'with questions': [s for s in studies if s.qa],
+            'with labels': [s for s in studies if s.labels], 'with a further view': [s for s in studies if s.other_views]}
+    out = [Check('studies', 'ok', len(studies), ', '.join(f'{k} {v}' for k, v in sorted(parts.items()))),
+           Check('patients', 'ok', len({s.subject_id for s in studies}))]
     out += [Check(k, 'ok', len(v)) for k, v in have.items() if v]
     texts = Counter(s.report for s in have['with a report'])
-    if again := sum(n - 1 for n in texts.values()): out.append(Check('reports that repeat another', 'note', again, f'{again / len(have["with a report"]):.0%} of the reports'))
+    if again := sum(n - 1 for n in texts.values()):
+        out.append(Check('reports that repeat another', 'note', again, f'{again / len(have["with a report"]):.0%} of the reports'))
     if parts.keys() == {'no split'}: out.append(Check('official split', 'note', 0, 'none: one is drawn by patient'))
     return out
 
@@ -54,7 +58,8 @@ def _study_checks(studies: list[Study]) -> list[Check]:
         except GKError as err: invalid.append(err.what)
     twice = [i for i, n in Counter(s.study_id for s in studies).items() if n > 1]
     mixed = 0 < sum(not s.split for s in studies) < len(studies)
-    return [Check('invalid studies', 'error' if invalid else 'ok', len(invalid), _named(invalid, 1)), Check('study ids that repeat', 'error' if twice else 'ok', len(twice), _named(twice)),
+    return [Check('invalid studies', 'error' if invalid else 'ok', len(invalid), _named(invalid, 1)),
+            Check('study ids that repeat', 'error' if twice else 'ok', len(twice), _named(twice)),
             *([Check('studies without a split', 'error', sum(not s.split for s in studies), 'while others have one')] if mixed else [])]
 
 def _leaks(keys: Sequence[str], splits: Sequence[str]) -> list[str]:
@@ -73,23 +78,30 @@ def _hash_file(path) -> tuple[str, str]:
 def _picture_checks(studies: list[Study], leaks_are: str, workers: int, progress: bool) -> list[Check]:
     sources = {id(s): s.image for s in studies if s.image is not None}
     files = list(dict.fromkeys([p for p in sources.values() if isinstance(p, Path)] + [p for s in studies for p in s.other_views]))
-    with ThreadPoolExecutor(workers) as pool: read = dict(zip(files, tqdm(pool.map(_hash_file, files), 'pictures', len(files), disable=not progress or len(files) < 500), strict=True))
+    with ThreadPoolExecutor(workers) as pool:
+        read = dict(zip(files, tqdm(pool.map(_hash_file, files), 'pictures', len(files), disable=not progress or len(files) < 500),
+                        strict=True))
     broken = [why for _, why in read.values() if why]
     key = {i: read[p][0] if isinstance(p, Path) else picture_hash(p) for i, p in sources.items()}
     having = [s for s in studies if key.get(id(s))]
-    out = [Check('pictures', 'ok' if files or having else 'note', len(files) or len(having)), Check('corrupt pictures', 'error' if broken else 'ok', len(broken), _named(broken, 1))]
+    out = [Check('pictures', 'ok' if files or having else 'note', len(files) or len(having)),
+           Check('corrupt pictures', 'error' if broken else 'ok', len(broken), _named(broken, 1))]
     leaks = _leaks([key[id(s)] for s in having], [s.split for s in having])
     first = {key[id(s)]: s.study_id for s in reversed(having)}
-    out.append(Check('pictures in two splits', leaks_are if leaks else 'ok', len(leaks), _named([first[k.split(' ')[0]] + ' ' + k.split(' ', 1)[1] for k in leaks])))
+    out.append(Check('pictures in two splits', leaks_are if leaks else 'ok', len(leaks),
+                     _named([first[k.split(' ')[0]] + ' ' + k.split(' ', 1)[1] for k in leaks])))
     groups: dict[tuple[str, str], list[Study]] = defaultdict(list)
     for s in having: groups[key[id(s)], s.split].append(s)
     double = [g for g in groups.values() if len({s.image if isinstance(s.image, Path) else s.study_id for s in g}) > 1]
     strangers = [g for g in double if len({s.subject_id for s in g}) > 1]
-    out.append(Check('pictures that occur twice', 'warning' if double else 'ok', len(double), f'{len(strangers)} under different patients, such as {_named([s.study_id for s in (strangers or double)[0]])}' if double else ''))
+    out.append(Check('pictures that occur twice', 'warning' if double else 'ok', len(double),
+                     f'{len(strangers)} under different patients, such as {_named([s.study_id for s in (strangers or double)[0]])}'
+                     if double else ''))
     return out
 
 # %% ../../nbs/data/28_check_data.ipynb #9f33ceb1
-_EXPECTED = re.compile(r'official split|counts as a patient of its own|patients are in more than one part')     # warnings about a data set as it was published, not about this copy
+# warnings about a data set as it was published, not about this copy
+_EXPECTED = re.compile(r'official split|counts as a patient of its own|patients are in more than one part')
 
 def check_data(name: str, # of the registry
                root: str | Path | None = None, # data root
@@ -101,7 +113,8 @@ def check_data(name: str, # of the registry
     "All that can be said about a data set; it is fit for use if no line is an 'error'."
     loader, split_by = find_loader(name)
     known, options = dataset_options(name), options or {}
-    if unknown := sorted(set(options) - {*known, 'split_by', 'split_seed'}): raise GKError(f'data set {name!r} has no option {unknown[0]!r}', f'Its options: {", ".join(known) or "none"}.')
+    if unknown := sorted(set(options) - {*known, 'split_by', 'split_seed'}):
+        raise GKError(f'data set {name!r} has no option {unknown[0]!r}', f'Its options: {", ".join(known) or "none"}.')
     options = ({'bad': 'skip'} if 'bad' in known else {}) | options
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
@@ -110,7 +123,8 @@ def check_data(name: str, # of the registry
     free = split_by == 'question' and options.get('split_by', 'official') == 'official' or options.get('split_by') == 'picture'
     leaks_are = 'warning' if free else 'error'          # shared by design
     leaks = _leaks([s.subject_id for s in studies], [s.split for s in studies])
-    out = [*_counts(studies), *_warned(caught), *_study_checks(studies), Check('patients in two splits', leaks_are if leaks else 'ok', len(leaks), _named(leaks))]
+    out = [*_counts(studies), *_warned(caught), *_study_checks(studies),
+           Check('patients in two splits', leaks_are if leaks else 'ok', len(leaks), _named(leaks))]
     return out + (_picture_checks(studies, leaks_are, workers, progress) if decode else [])
 
 def _warned(caught: list) -> list[Check]:
@@ -118,7 +132,8 @@ def _warned(caught: list) -> list[Check]:
     out = []
     for text in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
         n = re.search(r'left out (\d+)|(\d+) of \d+|(\d+) ', text)
-        out.append(Check('as published', 'warning', int(next(filter(None, n.groups()))) if n else 0, text) if _EXPECTED.search(text) else Check('left out', 'error', int(next(filter(None, n.groups()))) if n else 1, text))
+        out.append(Check('as published', 'warning', int(next(filter(None, n.groups()))) if n else 0, text)
+                   if _EXPECTED.search(text) else Check('left out', 'error', int(next(filter(None, n.groups()))) if n else 1, text))
     return out
 
 # %% ../../nbs/data/28_check_data.ipynb #c9ad2b33

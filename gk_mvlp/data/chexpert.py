@@ -15,11 +15,14 @@ from .tables import keep_pictures, number, picture_path, read_table
 from ..paths import GKError, data_root
 
 # %% ../../nbs/data/34_chexpert.ipynb #ddaf9bbe
-CHEXPERT_FINDINGS: tuple[str, ...] = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion', 'Edema', 'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax',
+CHEXPERT_FINDINGS: tuple[str, ...] = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion', 'Edema',
+                                      'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax',
                                       'Pleural Effusion', 'Pleural Other', 'Fracture', 'Support Devices')
-COMPETITION: tuple[str, ...] = ('atelectasis', 'cardiomegaly', 'consolidation', 'edema', 'pleural effusion')      # the five of the leaderboard
-CHEXPERT_TO_ENTITY: dict[str, str] = {'cardiomegaly': 'cardiomegaly', 'lung opacity': 'lung opacity', 'edema': 'pulmonary edema', 'consolidation': 'consolidation', 'pneumonia': 'pneumonia', 'atelectasis': 'atelectasis',
-                                      'pneumothorax': 'pneumothorax', 'pleural effusion': 'pleural effusion', 'fracture': 'fracture', 'support devices': 'support device'}
+COMPETITION: tuple[str, ...] = ('atelectasis', 'cardiomegaly', 'consolidation', 'edema', 'pleural effusion')  # the five of the leaderboard
+CHEXPERT_TO_ENTITY: dict[str, str] = {'cardiomegaly': 'cardiomegaly', 'lung opacity': 'lung opacity', 'edema': 'pulmonary edema',
+                                      'consolidation': 'consolidation', 'pneumonia': 'pneumonia', 'atelectasis': 'atelectasis',
+                                      'pneumothorax': 'pneumothorax', 'pleural effusion': 'pleural effusion', 'fracture': 'fracture',
+                                      'support devices': 'support device'}
 _CELLS = {'1': 1, '0': 0, '-1': -1, '1.0': 1, '0.0': 0, '-1.0': -1, '': None}
 
 def check_policies(uncertain: str, blank: str) -> None:
@@ -62,12 +65,14 @@ def load_chexpert(root: str | Path | None = None, # data root that holds chexper
                   valid_is: str = '', # split of valid.csv: 'val' or 'test'; '' is 'val' where a test table is there, else 'test'
                   bad: str = 'raise' # what to do with missing pictures: 'raise' or 'skip'
                   ) -> list[Study]:
-    "One study per frontal picture: labels by the policies, entities (+1, 0, -1), patient, sex, age, view, laterals as `other_views`; official split."
+    """One study per frontal picture: labels by the policies, entities (+1, 0, -1), patient, sex, age, view, laterals as `other_views`;
+    official split."""
     check_policies(uncertain, blank)
     if valid_is not in ('', 'val', 'test'): raise GKError(f'valid_is={valid_is!r}', "Use 'val', 'test' or ''.")
     folder = data_root(root, ('chexpert',))/'chexpert'
     tables = {part: _table(folder, part) for part in _TABLES}
-    if tables['train'] is None or tables['valid'] is None: raise GKError(f'{folder}: {"train" if tables["train"] is None else "valid"}.csv is missing', 'Put the official tables there.')
+    if tables['train'] is None or tables['valid'] is None:
+        raise GKError(f'{folder}: {"train" if tables["train"] is None else "valid"}.csv is missing', 'Put the official tables there.')
     split = {'train': 'train', 'valid': valid_is or ('val' if tables['test'] else 'test'), 'test': 'test'}
     studies, laterals = [], {}
     for part, table in tables.items():
@@ -78,10 +83,12 @@ def load_chexpert(root: str | Path | None = None, # data root that holds chexper
             if sub != part: raise GKError(f'{where}: a picture of {sub}/ in the table of {part}', 'Use the tables of one release.')
             image = picture_path(folder, f'{sub}/{patient}/{exam}/{name}', where)
             if not frontal: laterals.setdefault((patient, exam), []).append(image); continue
-            if r.get('Frontal/Lateral', 'Frontal') != 'Frontal': raise GKError(f'{where}: {name} is said to be {r["Frontal/Lateral"]!r}', 'Path and column must agree.')
+            if r.get('Frontal/Lateral', 'Frontal') != 'Frontal':
+                raise GKError(f'{where}: {name} is said to be {r["Frontal/Lateral"]!r}', 'Path and column must agree.')
             labels, entities = chexpert_labels(r, where, *((uncertain, blank) if part == 'train' else ('ignore', 'zeros')))
             age = number(r, 'Age', table) if r.get('Age') else None
-            studies.append(Study(f'{patient}/{exam}/{name}', f'chexpert-{patient}', image, entities=entities, labels=labels, split=split[part], view=r.get('AP/PA', ''), sex={'Male': 'M', 'Female': 'F'}.get(r.get('Sex', ''), ''),
+            studies.append(Study(f'{patient}/{exam}/{name}', f'chexpert-{patient}', image, entities=entities, labels=labels,
+                                 split=split[part], view=r.get('AP/PA', ''), sex={'Male': 'M', 'Female': 'F'}.get(r.get('Sex', ''), ''),
                                  age=age or None, attributes={'examination': exam}))                     # age 0 stands for unknown
     for s in studies: s.other_views = tuple(laterals.get((s.subject_id[9:], s.attributes['examination']), ()))
     if not studies: raise GKError(f'{folder}: no frontal picture in the tables', 'Use the official tables.')

@@ -21,7 +21,8 @@ from ..paths import GKError, data_root
 # %% ../../nbs/data/15_covid_chestxray.ipynb #bcd2f967
 _GERMS: dict[str, tuple[str, ...]] = {
     'viral pneumonia': ('viral', 'covid-19', 'sars', 'mers', 'mers-cov', 'influenza', 'h1n1', 'varicella', 'herpes'),
-    'bacterial pneumonia': ('bacterial', 'streptococcus', 'klebsiella', 'e.coli', 'mycoplasma', 'mycoplasma bacterial pneumonia', 'legionella', 'chlamydophila',
+    'bacterial pneumonia': ('bacterial', 'streptococcus', 'klebsiella', 'e.coli', 'mycoplasma', 'mycoplasma bacterial pneumonia',
+                            'legionella', 'chlamydophila',
                             'staphylococcus', 'mrsa', 'nocardia'),
     'fungal pneumonia': ('fungal', 'pneumocystis', 'aspergillosis')}
 _OTHER_PNEUMONIA = ('pneumonia', 'lipoid', 'aspiration')
@@ -46,18 +47,21 @@ def read_lung_boxes(path: Path # COCO json of the lung boxes
     for name, image in read_coco(path, null_boxes=True).items():
         out[name] = {'size': image['size']}
         for region, box, where in image['boxes']:
-            if region not in ('right lung', 'left lung'): raise GKError(f'{where}: category {region!r}', 'Only Right Lung and Left Lung are known.')
+            if region not in ('right lung', 'left lung'):
+                raise GKError(f'{where}: category {region!r}', 'Only Right Lung and Left Lung are known.')
             if region in out[name]: raise GKError(f'{where}: a second {region} for {name!r}', 'Keep one.')
             out[name][region] = box
     for name, b in out.items():
         if 'right lung' in b and 'left lung' in b and b['right lung'][0] + b['right lung'][2] >= b['left lung'][0] + b['left lung'][2]:
-            raise GKError(f"{path}: {name}: the box of the patient's right lung is not left of the other in the picture", 'The picture is mirrored or the categories are swapped.')
+            raise GKError(f"{path}: {name}: the box of the patient's right lung is not left of the other in the picture",
+                          'The picture is mirrored or the categories are swapped.')
     return out
 
 # %% ../../nbs/data/15_covid_chestxray.ipynb #c0ffee12
 def read_mask_boxes(path: str | Path # picture of a mask: lungs white
                     ) -> dict[str, tuple[float, float, float, float]]:
-    "{'right lung': box, 'left lung': box} round the two largest parts of a mask, `xyxy` in fractions; {} unless there are two, the smaller at least a quarter of the larger, one beside the other."
+    """{'right lung': box, 'left lung': box} round the two largest parts of a mask, `xyxy` in fractions; {} unless there are two, the
+    smaller at least a quarter of the larger, one beside the other."""
     try: mask = np.asarray(Image.open(path).convert('L')) > 127
     except OSError as err: raise GKError(f'{path}: not a picture ({err})', 'Copy the masks again.') from err
     part, n = ndimage.label(mask)
@@ -83,12 +87,16 @@ def _study(row: dict[str, str], folder: Path, table: Path, boxes: dict[str, dict
     box = boxes.get(source, {})
     if box and row.get('source_width'):
         size = number(row, 'source_width', table), number(row, 'source_height', table)
-        if tuple(box['size']) != size: raise GKError(f'{where}: source size {size} but the lung boxes were drawn on {tuple(box["size"])}', 'The boxes are of another version of the picture.')
+        if tuple(box['size']) != size:
+            raise GKError(f'{where}: source size {size} but the lung boxes were drawn on {tuple(box["size"])}',
+                          'The boxes are of another version of the picture.')
     attributes = {k: row[k] for k in _KEEP if row.get(k)}
     mask = folder/'annotations'/'lungVAE-masks'/f'{Path(source).stem}_mask.png'
     if mask.is_file(): attributes['lung_mask'] = str(mask)
-    return Study(row['filename'], f'covid-{row["patientid"]}', picture_path(folder/'images', row['filename'], where), report, entities=extract_entities(report) if report else {},
-                 regions={r: b for r, b in box.items() if r != 'size'}, labels=finding_labels(row['finding']), view=row['view'], sex=row['sex'],
+    return Study(row['filename'], f'covid-{row["patientid"]}', picture_path(folder/'images', row['filename'], where), report,
+                 entities=extract_entities(report) if report else {},
+                 regions={r: b for r, b in box.items() if r != 'size'}, labels=finding_labels(row['finding']), view=row['view'],
+                 sex=row['sex'],
                  age=number(row, 'age', table), attributes=attributes)
 
 def load_covid_chestxray(root: str | Path | None = None, # data root that holds covid_chestxray/
@@ -99,6 +107,7 @@ def load_covid_chestxray(root: str | Path | None = None, # data root that holds 
     folder = data_root(root, ('covid_chestxray',))/'covid_chestxray'
     table = folder/'metadata.csv'
     boxes = read_lung_boxes(folder/'annotations'/'imageannotation_ai_lung_bounding_boxes.json')
-    rows = [r for r in read_table(table, _COLUMNS, unique='filename') if r['view'] in FRONTAL_VIEWS and r.get('modality', 'X-ray') == 'X-ray']
+    rows = [r for r in read_table(table, _COLUMNS, unique='filename') if r['view'] in FRONTAL_VIEWS
+            and r.get('modality', 'X-ray') == 'X-ray']
     studies = keep_pictures([_study(r, folder, table, boxes) for r in rows], bad, 'covid_chestxray')
     return [s for s in studies if s.report] if reports_only else studies

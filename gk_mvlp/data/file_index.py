@@ -66,7 +66,8 @@ def _plan(root: Path, names: list[str], out: Path, version: str) -> list[tuple[P
         h = hashlib.sha256(version.encode())
         for name in sorted(group):
             try: st = os.stat(root/name)
-            except OSError as err: raise GKError(f'{root/name}: cannot be read ({err.strerror})', 'Remove the broken link or restore the file.') from err
+            except OSError as err:
+                raise GKError(f'{root/name}: cannot be read ({err.strerror})', 'Remove the broken link or restore the file.') from err
             h.update(f'{name}|{st.st_size}|{st.st_mtime_ns}\n'.encode())
         plan.append((out/f'part-{k:03d}-{h.hexdigest()[:20]}.parquet', sorted(group)))
     return plan
@@ -81,7 +82,8 @@ def index_files(root: Path, # folder that the names are relative to
                 workers: int | None = None, # processes; None: one per core, at most 8
                 progress: bool = True # a bar if anything has to be read
                 ) -> pa.Table:
-    "The rows of all files, from the index where it is current. Broken files raise a `GKError` that counts them, or are left out with one warning."
+    """The rows of all files, from the index where it is current. Broken files raise a `GKError` that counts them, or are left out with
+    one warning."""
     if bad not in ('raise', 'skip'): raise GKError(f'bad={bad!r}', "Use bad='raise' or bad='skip'.")
     names = sorted(set(names))
     if not names: raise GKError(f'{root}: no file to index', 'Check the folder.')
@@ -92,7 +94,7 @@ def index_files(root: Path, # folder that the names are relative to
     plan = _plan(Path(root), names, out, version + str(schema))
     todo = [t for t in plan if not _is_whole(t[0], len(t[1]))]
     if todo: _make_parts(todo, partial(_make_part, root=Path(root), parse=parse, schema=schema), workers, progress, out.name)
-    for p in set(out.glob('part-*.parquet')) - {t for t, _ in plan}: p.unlink(missing_ok=True)          # of files that are gone or have changed
+    for p in set(out.glob('part-*.parquet')) - {t for t, _ in plan}: p.unlink(missing_ok=True)  # of files that are gone or have changed
     table = pa.concat_tables([pq.read_table(t, schema=schema) for t, _ in plan])
     return _without_errors(table, Path(root), bad)
 
@@ -115,7 +117,9 @@ def _without_errors(table: pa.Table, root: Path, bad: str) -> pa.Table:
     broken = table.filter(pc.is_valid(table['error'])) if table['error'].null_count < len(table) else table.slice(0, 0)
     if not len(broken): return table
     first = broken.slice(0, 1).to_pylist()[0]
-    if bad == 'raise': raise GKError(f'{root/first["file"]}: {first["error"]} ({len(broken)} of {len(table)} files are broken)', 'Copy them again, or load with bad="skip".')
+    if bad == 'raise':
+        raise GKError(f'{root/first["file"]}: {first["error"]} ({len(broken)} of {len(table)} files are broken)',
+                      'Copy them again, or load with bad="skip".')
     warnings.warn(f'{root}: left out {len(broken)} of {len(table)} broken files', stacklevel=4)
     return table.filter(pc.is_null(table['error']))
 

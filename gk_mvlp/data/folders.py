@@ -19,7 +19,8 @@ from ..paths import GKError, data_root, read_text
 
 # %% ../../nbs/data/35_folders.ipynb #2e5d62a4
 _KNOWN = ('image', 'report', 'study_id', 'subject_id', 'split', 'view', 'sex', 'age')
-_SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validate': 'val', 'validation': 'val', 'dev': 'val', 'test': 'test', '': ''}
+_SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validate': 'val', 'validation': 'val', 'dev': 'val',
+           'test': 'test', '': ''}
 _SEXES = {'m': 'M', 'male': 'M', 'f': 'F', 'female': 'F', '': ''}
 _LABEL_CELLS = {'1': 1, '1.0': 1, '0': 0, '0.0': 0, '-1': -1, '-1.0': -1, '': None}
 _ENTITY_OF = {normalize_name(w): e.name for e in ENTITIES for w in (e.name, *e.synonyms)}
@@ -27,7 +28,8 @@ _ENTITY_OF = {normalize_name(w): e.name for e in ENTITIES for w in (e.name, *e.s
 def _choice(row: dict[str, str], column: str, known: dict, where: str):
     "The meaning of a cell with few allowed words, or a `GKError`."
     key = row.get(column, '').lower()
-    if key not in known: raise GKError(f'{where}: {column} is {row[column]!r}', f'Use one of: {", ".join(k for k in known if k)}; or leave it empty.')
+    if key not in known:
+        raise GKError(f'{where}: {column} is {row[column]!r}', f'Use one of: {", ".join(k for k in known if k)}; or leave it empty.')
     return known[key]
 
 def _labels(row: dict[str, str], columns: list[str], where: str) -> tuple[dict[str, int], dict[str, int]]:
@@ -56,15 +58,21 @@ def load_table(root: str | Path | None = None, # folder that holds the table and
         where = f'{path}: line {r[""]}'
         labels, entities = _labels(r, columns, where)
         report = ' '.join(r.get('report', '').split())
-        if 'subject_id' in r and not r['subject_id']: raise GKError(f'{where}: subject_id is empty', 'Give every row its patient, or remove the column.')
+        if 'subject_id' in r and not r['subject_id']:
+            raise GKError(f'{where}: subject_id is empty', 'Give every row its patient, or remove the column.')
         key = r.get('study_id') or r['image']
         if key in ids: raise GKError(f'{where}: study_id {key!r} repeats line {ids[key]}', 'Give every row its own id.')
         ids[key] = r['']
         age = number(r, 'age', path) if 'age' in r else None
         if age is not None and not 0 <= age <= 130: raise GKError(f'{where}: age is {r["age"]}', 'Give years, or leave it empty.')
-        studies.append(Study(key, r.get('subject_id') or r['image'], picture_path(base, r['image'], where), report, extract_entities(report) if report else entities,
-                             relations=extract_relations(report) if report else {}, labels=labels, split=_choice(r, 'split', _SPLITS, where), view=r.get('view', ''), sex=_choice(r, 'sex', _SEXES, where), age=age))
-    if 'subject_id' not in rows[0]: warnings.warn(f'{path}: no column subject_id, so every picture counts as a patient of its own and patients may be in two splits', stacklevel=2)
+        studies.append(Study(key, r.get('subject_id') or r['image'], picture_path(base, r['image'], where), report,
+                             extract_entities(report) if report else entities,
+                             relations=extract_relations(report) if report else {}, labels=labels,
+                             split=_choice(r, 'split', _SPLITS, where), view=r.get('view', ''), sex=_choice(r, 'sex', _SEXES, where),
+                             age=age))
+    if 'subject_id' not in rows[0]:
+        warnings.warn(f'{path}: no column subject_id, so every picture counts as a patient of its own and patients may be in two splits',
+                      stacklevel=2)
     return keep_pictures(studies, bad, path.name)
 
 # %% ../../nbs/data/35_folders.ipynb #9fc904ef
@@ -81,6 +89,7 @@ def walk_files(folder: Path, seen: frozenset[str] = frozenset()) -> Iterator[Pat
         if is_dir: yield from walk_files(p, seen | {real})
         else: yield p
 
+# %% ../../nbs/data/35_folders.ipynb #64af49f9
 def load_folder(root: str | Path | None = None, # folder of <class>/<picture> or <split>/<class>/<picture>
                 patient: str = '', # regular expression with one group, searched in the file name
                 bad: str = 'raise' # files that are no pictures or name no patient: 'raise' or 'skip'
@@ -88,21 +97,30 @@ def load_folder(root: str | Path | None = None, # folder of <class>/<picture> or
     "Studies with one label per class folder (1 for its own, 0 for the others)."
     if bad not in ('raise', 'skip'): raise GKError(f'bad={bad!r}', "Use bad='raise' or bad='skip'.")
     try: pattern = re.compile(patient) if patient else None
-    except re.error as err: raise GKError(f'patient={patient!r}: not a regular expression ({err})', r"For example r'(patient\d+)_'.") from err
-    if pattern and pattern.groups != 1: raise GKError(f'patient={patient!r} has {pattern.groups} groups', r"Use one, for example r'(patient\d+)_'.")
+    except re.error as err:
+        raise GKError(f'patient={patient!r}: not a regular expression ({err})', r"For example r'(patient\d+)_'.") from err
+    if pattern and pattern.groups != 1:
+        raise GKError(f'patient={patient!r} has {pattern.groups} groups', r"Use one, for example r'(patient\d+)_'.")
     folder, found, other = data_root(root), [], []
     for p in walk_files(folder):
         parts = p.relative_to(folder).parts
         m = pattern.search(p.name) if pattern else None
-        if p.suffix.lower() not in PICTURES or len(parts) not in (2, 3) or (len(parts) == 3 and not _SPLITS.get(parts[0].lower())) or (pattern and not (m and m[1])): other.append(p); continue
+        if p.suffix.lower() not in PICTURES or len(parts) not in (2, 3) or (len(parts) == 3
+                and not _SPLITS.get(parts[0].lower())) or (pattern and not (m and m[1])):
+            other.append(p); continue
         found.append((p, _SPLITS[parts[0].lower()] if len(parts) == 3 else '', parts[-2], m[1] if m else '/'.join(parts)))
     if other:
-        if bad == 'raise': raise GKError(f'{other[0]}: not a picture in a class folder, or its name holds no patient ({len(other)} such files)', 'Lay files out as <split>/<class>/<picture>, or load with bad="skip".')
+        if bad == 'raise':
+            raise GKError(f'{other[0]}: not a picture in a class folder, or its name holds no patient ({len(other)} such files)',
+                          'Lay files out as <split>/<class>/<picture>, or load with bad="skip".')
         warnings.warn(f'{folder.name}: left out {len(other)} files that are no pictures in a class folder or name no patient', stacklevel=2)
     classes = sorted({c for _, _, c, _ in found})
-    if len(classes) < 2: raise GKError(f'{folder}: {len(classes)} class folders with pictures', 'Lay files out as <class>/<picture>, with at least two classes.')
+    if len(classes) < 2:
+        raise GKError(f'{folder}: {len(classes)} class folders with pictures',
+                      'Lay files out as <class>/<picture>, with at least two classes.')
     if not pattern: warnings.warn(f'{folder.name}: no `patient` pattern, so every picture counts as a patient of its own', stacklevel=2)
-    studies = [Study('/'.join(p.relative_to(folder).parts), who, p, labels={c: int(c == own) for c in classes}, entities={_ENTITY_OF[normalize_name(own)]: 1} if normalize_name(own) in _ENTITY_OF else {}, split=split)
+    studies = [Study('/'.join(p.relative_to(folder).parts), who, p, labels={c: int(c == own) for c in classes},
+                     entities={_ENTITY_OF[normalize_name(own)]: 1} if normalize_name(own) in _ENTITY_OF else {}, split=split)
                for p, split, own, who in found]
     return keep_pictures(studies, bad, folder.name)
 
@@ -113,7 +131,8 @@ def _coco_files(folder: Path) -> list[tuple[str, Path, tuple[Path, ...]]]:
     "(split, annotation file, folders that may hold its pictures) of those that exist."
     out = []
     for split, names in _COCO_SPLITS.items():
-        have = [(n, p) for n in names for p in (folder/f'{n}.json', folder/'annotations'/f'instances_{n}.json', folder/'annotations'/f'{n}.json') if p.is_file()]
+        have = [(n, p) for n in names for p in (folder/f'{n}.json', folder/'annotations'/f'instances_{n}.json',
+                                                folder/'annotations'/f'{n}.json') if p.is_file()]
         if len(have) > 1: raise GKError(f'{have[0][1]} and {have[1][1]}: two files for split {split}', 'Keep one.')
         out += [(split, p, (folder/n, folder/'images'/n, folder/'images', folder)) for n, p in have]
     return out
@@ -136,20 +155,24 @@ def load_coco(root: str | Path | None = None, # data root that holds `folder`
             seen[name] = path.name
             have = {n for n, _, _ in i['boxes']}
             entities = {_ENTITY_OF[normalize_name(n)]: 1 for n in have if normalize_name(n) in _ENTITY_OF}
-            studies.append(Study(name, f'{folder}-{name}', next((p for p in paths if p.is_file()), paths[0]), entities=entities, findings=[FindingBox(_ENTITY_OF.get(normalize_name(n), n), b) for n, b, _ in i['boxes']],
-                                 labels={n: int(n in have) for n in names}, split=split, attributes={'size': f'{i["size"][0]}x{i["size"][1]}'}))
+            studies.append(Study(name, f'{folder}-{name}', next((p for p in paths if p.is_file()), paths[0]), entities=entities,
+                                 findings=[FindingBox(_ENTITY_OF.get(normalize_name(n), n), b) for n, b, _ in i['boxes']],
+                                 labels={n: int(n in have) for n in names}, split=split,
+                                 attributes={'size': f'{i["size"][0]}x{i["size"][1]}'}))
     if not studies: raise GKError(f'{base}: the COCO files list no picture', 'Export them again.')
     return keep_pictures(studies, bad, folder)
 
 # %% ../../nbs/data/35_folders.ipynb #c219b190
-_COVIDX = {'normal': {'normal': 1, 'pneumonia': 0, 'covid-19': 0}, 'pneumonia': {'normal': 0, 'pneumonia': 1, 'covid-19': 0}, 'covid-19': {'normal': 0, 'pneumonia': 1, 'covid-19': 1},
+_COVIDX = {'normal': {'normal': 1, 'pneumonia': 0, 'covid-19': 0}, 'pneumonia': {'normal': 0, 'pneumonia': 1, 'covid-19': 0},
+           'covid-19': {'normal': 0, 'pneumonia': 1, 'covid-19': 1},
            'positive': {'covid-19': 1}, 'negative': {'covid-19': 0}}
 
 def read_covidx_line(line: str, where: str) -> tuple[str, str, str, str]:
     "(patient, file name, class, source or '') of one line, or a `GKError`."
     t = line.split()
     at = next((k for k in (-2, -1) if len(t) >= 2 - k and t[k].lower() in _COVIDX), None)
-    if at is None: raise GKError(f'{where}: {line.strip()[:80]!r}', f'Lines are: patient file class source; classes are {", ".join(_COVIDX)}.')
+    if at is None:
+        raise GKError(f'{where}: {line.strip()[:80]!r}', f'Lines are: patient file class source; classes are {", ".join(_COVIDX)}.')
     return t[0], ' '.join(t[1:at]), t[at].lower(), t[-1] if at == -2 else ''
 
 def load_covidx(root: str | Path | None = None, # data root that holds covidx/
@@ -171,7 +194,10 @@ def load_covidx(root: str | Path | None = None, # data root that holds covidx/
             if name in seen: raise GKError(f'{where}: {name!r} repeats {seen[name]}', 'A picture may be listed once.')
             seen[name] = f'{split} line {k + 1}'
             y = _COVIDX[kind]
-            studies.append(Study(name, f'covidx-{source}-{patient}', picture_path(folder/split, name, where), entities={} if 'pneumonia' not in y else {'pneumonia': 1 if y['pneumonia'] else -1}, labels=dict(y), split=split,
+            studies.append(Study(name, f'covidx-{source}-{patient}', picture_path(folder/split, name, where),
+                                 entities={} if 'pneumonia' not in y else {'pneumonia': 1 if y['pneumonia'] else -1}, labels=dict(y),
+                                 split=split,
                                  attributes={'source': source} if source else {}))
-    if len({frozenset(s.labels) for s in studies}) > 1: raise GKError(f'{folder}: lists of two and of three classes', 'Use the lists of one version.')
+    if len({frozenset(s.labels) for s in studies}) > 1:
+        raise GKError(f'{folder}: lists of two and of three classes', 'Use the lists of one version.')
     return keep_pictures(studies, bad, 'covidx')

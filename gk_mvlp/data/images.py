@@ -50,7 +50,8 @@ def _dicom_to_grey(ds: pydicom.Dataset) -> np.ndarray:
     "[H, W] uint8 of a single-frame grey DICOM data set, as a viewer shows it."
     if int(ds.get('NumberOfFrames') or 1) != 1: raise ValueError('it holds more than one frame')
     kind = ds.get('PhotometricInterpretation', '')
-    if kind not in ('MONOCHROME1', 'MONOCHROME2'): raise ValueError(f'its photometric interpretation is {kind!r}, not MONOCHROME1 or MONOCHROME2')
+    if kind not in ('MONOCHROME1', 'MONOCHROME2'):
+        raise ValueError(f'its photometric interpretation is {kind!r}, not MONOCHROME1 or MONOCHROME2')
     raw = ds.pixel_array
     x = apply_modality_lut(raw, ds)
     if ds.get('VOILUTSequence'):
@@ -58,7 +59,8 @@ def _dicom_to_grey(ds: pydicom.Dataset) -> np.ndarray:
     elif ds.get('WindowCenter') is not None and ds.get('WindowWidth') is not None:
         bits, signed = int(ds.BitsStored), int(ds.PixelRepresentation)
         ends = np.array([-2 ** (bits - 1), 2 ** (bits - 1) - 1] if signed else [0, 2 ** bits - 1])
-        low, high = (0, 2 ** int(ds.ModalityLUTSequence[0].LUTDescriptor[2]) - 1) if ds.get('ModalityLUTSequence') else map(float, apply_modality_lut(ends, ds))
+        low, high = ((0, 2 ** int(ds.ModalityLUTSequence[0].LUTDescriptor[2]) - 1) if ds.get('ModalityLUTSequence')
+                     else map(float, apply_modality_lut(ends, ds)))
         v, sign = apply_windowing(x, ds, index=0), 1 if high > low else -1      # a negative slope turns pydicom's output range round
         y = _to_8bit(sign * v, sign * low, sign * high)
     elif raw.dtype == np.uint8 and x.dtype == np.uint8: y = x
@@ -76,14 +78,19 @@ def _check_png(raw: bytes) -> None:
         if at + 12 > len(raw): raise ValueError('it is cut off')
         n, kind = struct.unpack('>I4s', raw[at:at + 8])
         if at + 12 + n > len(raw): raise ValueError('it is cut off')
-        if zlib.crc32(raw[at + 4:at + 8 + n]) != struct.unpack('>I', raw[at + 8 + n:at + 12 + n])[0]: raise ValueError(f'its {kind.decode("latin1")} block fails its checksum')
+        if zlib.crc32(raw[at + 4:at + 8 + n]) != struct.unpack('>I', raw[at + 8 + n:at + 12 + n])[0]:
+            raise ValueError(f'its {kind.decode("latin1")} block fails its checksum')
         if kind == b'IEND': return
         at += 12 + n
     raise ValueError('it is cut off')
 
 def _check_size(what: str, width: int, height: int, max_pixels: int) -> None:
-    if min(width, height) < MIN_PICTURE_SIDE: raise GKError(f'{what}: {width}x{height} pixels is too small for a radiograph', f'Leave it out or replace it; sides must be at least {MIN_PICTURE_SIDE} pixels.')
-    if width * height > max_pixels: raise GKError(f'{what}: {width}x{height} pixels is above the limit of {max_pixels / 1e6:g} million', 'Shrink it, or raise max_pixels if the file is genuine.')
+    if min(width, height) < MIN_PICTURE_SIDE:
+        raise GKError(f'{what}: {width}x{height} pixels is too small for a radiograph',
+                      f'Leave it out or replace it; sides must be at least {MIN_PICTURE_SIDE} pixels.')
+    if width * height > max_pixels:
+        raise GKError(f'{what}: {width}x{height} pixels is above the limit of {max_pixels / 1e6:g} million',
+                      'Shrink it, or raise max_pixels if the file is genuine.')
 
 # %% ../../nbs/data/13_images.ipynb #3242f039
 def _decode(raw: bytes, what: str, min_side: int | None, longest: float | None, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
@@ -94,7 +101,7 @@ def _decode(raw: bytes, what: str, min_side: int | None, longest: float | None, 
     if im.format in ('PNG', 'TIFF') and getattr(im, 'n_frames', 1) > 1: raise ValueError('it holds more than one picture')
     full = least = im.size
     if im.format in ('JPEG', 'MPO'):
-        if im.getexif().get(ExifTags.Base.Orientation, 1) != 1: pass                        # turned: whole, so that the last block is at the end
+        if im.getexif().get(ExifTags.Base.Orientation, 1) != 1: pass  # turned: whole, so that the last block is at the end
         elif longest: least = tuple(min(v, math.ceil(v * longest / max(full))) for v in full)
         elif min_side: least = min_side, min_side
         im.draft('L', least)
@@ -110,27 +117,33 @@ def _decode_dicom(raw: bytes, what: str, max_pixels: int) -> tuple[np.ndarray, t
     return x, x.shape[::-1]
 
 # %% ../../nbs/data/13_images.ipynb #5fe3548d
-def _read(source: Path | str | np.ndarray, max_pixels: int, min_side: int | None = None, longest: float | None = None) -> tuple[np.ndarray, tuple[int, int]]:
-    "(`load_image`, width and height of the picture before it was decoded smaller: no side below `min_side`, or the longest side not below `longest`)."
+def _read(source: Path | str | np.ndarray, max_pixels: int, min_side: int | None = None, longest: float | None = None) -> tuple[np.ndarray,
+        tuple[int, int]]:
+    """(`load_image`, width and height of the picture before it was decoded smaller: no side below `min_side`, or the longest side not
+    below `longest`)."""
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or not (source.ndim == 2 or source.ndim == 3 and source.shape[2] in (3, 4)):
             raise GKError(f'picture array of {source.dtype} {list(source.shape)}', 'Give uint8 [H, W] or [H, W, 3 or 4].')
         _check_size('picture array', source.shape[1], source.shape[0], max_pixels)
         return source if source.ndim == 2 else _pil_to_grey(Image.fromarray(source)), source.shape[1::-1]
     if not isinstance(source, str | os.PathLike): raise GKError(f'picture of type {type(source).__name__}', 'Give a path or a uint8 array.')
-    if ImageFile.LOAD_TRUNCATED_IMAGES: raise GKError('PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: broken pictures would pass for whole ones', 'Set it to False.')
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise GKError('PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: broken pictures would pass for whole ones', 'Set it to False.')
     try: raw = Path(source).read_bytes()
-    except OSError as err: raise GKError(f'{source}: the picture cannot be read ({err.strerror})', 'Check the path, or load with bad="skip".') from err
+    except OSError as err:
+        raise GKError(f'{source}: the picture cannot be read ({err.strerror})', 'Check the path, or load with bad="skip".') from err
     if not raw: raise GKError(f'{source}: the picture file is empty (0 bytes)', 'Copy or download it again.')
     dicom = raw[128:132] == b'DICM'
     try: x, full = _decode_dicom(raw, str(source), max_pixels) if dicom else _decode(raw, str(source), min_side, longest, max_pixels)
     except GKError: raise
     except UnidentifiedImageError as err:
-        raise GKError(f'{source}: not a JPEG, PNG, BMP, TIFF or DICOM picture (first bytes {raw[:8].hex(" ")})', 'Check that the download is a picture and not, say, an error page.') from err
+        raise GKError(f'{source}: not a JPEG, PNG, BMP, TIFF or DICOM picture (first bytes {raw[:8].hex(" ")})',
+                      'Check that the download is a picture and not, say, an error page.') from err
     except Image.DecompressionBombError as err:
         raise GKError(f'{source}: {err}', 'Shrink it; if genuine raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS.') from err
     except Exception as err:                      # decoders raise many kinds; each means that this file has no whole picture
-        raise GKError(f'{source}: the {"DICOM" if dicom else "picture"} file is broken or of an unknown kind ({type(err).__name__}: {err})', 'Copy or download it again, or convert it to 8-bit PNG.') from err
+        raise GKError(f'{source}: the {"DICOM" if dicom else "picture"} file is broken or of an unknown kind ({type(err).__name__}: {err})',
+                      'Copy or download it again, or convert it to 8-bit PNG.') from err
     return np.ascontiguousarray(x), full
 
 # %% ../../nbs/data/13_images.ipynb #73364e93
@@ -150,7 +163,8 @@ class Frame:
     size: int
 
     def __post_init__(self):
-        if min(self.width, self.height, self.size) < 1: raise GKError(f'frame of {self.width}x{self.height} in {self.size} pixels', 'All three must be at least 1.')
+        if min(self.width, self.height, self.size) < 1:
+            raise GKError(f'frame of {self.width}x{self.height} in {self.size} pixels', 'All three must be at least 1.')
 
     @property
     def inner(self) -> tuple[int, int]:
@@ -187,25 +201,34 @@ def resize_pad(image: np.ndarray, # uint8 [H, W]
                full: tuple[int, int] | None = None # width and height, if `image` is the picture decoded at 1/2, 1/4 or 1/8
                ) -> tuple[np.ndarray, Frame]:
     "(uint8 [size, size], `Frame`): the picture at the same aspect, centred on black."
-    if image.dtype != np.uint8 or image.ndim != 2: raise GKError(f'resize_pad got {image.dtype} {list(image.shape)}', 'Give uint8 [H, W], for example from load_image.')
+    if image.dtype != np.uint8 or image.ndim != 2:
+        raise GKError(f'resize_pad got {image.dtype} {list(image.shape)}', 'Give uint8 [H, W], for example from load_image.')
     W, H = full or image.shape[::-1]
     k = next((k for k in (1, 2, 4, 8) if (-(-W // k), -(-H // k)) == image.shape[::-1]), 0)
-    if not k: raise GKError(f'resize_pad got a picture of {image.shape[1]}x{image.shape[0]} pixels as a decoding of {W}x{H}', 'Give full only for a picture decoded at 1/2, 1/4 or 1/8.')
+    if not k:
+        raise GKError(f'resize_pad got a picture of {image.shape[1]}x{image.shape[0]} pixels as a decoding of {W}x{H}',
+                      'Give full only for a picture decoded at 1/2, 1/4 or 1/8.')
     frame = Frame(W, H, size)
     (w, h), (x, y) = frame.inner, frame.offset
     if (w, h) == (W, H): small = image
-    else: small = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS if w < image.shape[1] else Image.Resampling.BICUBIC, box=(0, 0, W / k, H / k), reducing_gap=2.))
+    else:
+        small = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS
+                                                         if w < image.shape[1] else Image.Resampling.BICUBIC, box=(0, 0, W / k, H / k),
+                                                         reducing_gap=2.))
     out = np.zeros((size, size), np.uint8)
     out[y:y + h, x:x + w] = small
     return out, frame
 
-_MARGIN = 1.45       # a reduced JPEG is at least so many times as long as the square, so that the last step is the resampling filter's: 1.0 leaves differences three times as large
+# a reduced JPEG is at least so many times as long as the square, so that the last step is the resampling filter's: 1.0 leaves differences
+# three times as large
+_MARGIN = 1.45
 
 def load_square(source: Path | str | np.ndarray, # see `load_image`
                 size: int, # side of the square in pixels
                 max_pixels: int = MAX_PICTURE_PIXELS
                 ) -> tuple[np.ndarray, Frame]:
-    """`resize_pad` of `load_image`, decoding JPEGs no larger than needed. The frame is the same; the grey values differ by less than 1 of 255 in the mean and by less than 10 in 999 of 1000 pixels (more only at the rims of burnt-in letters), because
+    """`resize_pad` of `load_image`, decoding JPEGs no larger than needed. The frame is the same; the grey values differ by less than 1
+    of 255 in the mean and by less than 10 in 999 of 1000 pixels (more only at the rims of burnt-in letters), because
     a JPEG shrinks by plain averages."""
     image, full = _read(source, max_pixels, longest=_MARGIN * size)
     return resize_pad(image, size, full)
@@ -254,12 +277,14 @@ def augment(images: torch.Tensor, # float [B, 1, S, S] from `to_float`
     "Pictures and boxes after one random small affine map, change of tone, blur and noise for each picture. Never a mirror image."
     if images.ndim != 4 or images.shape[1] != 1 or images.shape[2] != images.shape[3] or not images.is_floating_point():
         raise GKError(f'augment got {images.dtype} {list(images.shape)}', 'Give float [B, 1, S, S], for example from to_float.')
-    if boxes is not None and (boxes.ndim != 3 or boxes.shape[0] != len(images) or boxes.shape[2] != 4): raise GKError(f'augment got boxes {list(boxes.shape)} for {len(images)} pictures', 'Give [B, R, 4].')
+    if boxes is not None and (boxes.ndim != 3 or boxes.shape[0] != len(images) or boxes.shape[2] != 4):
+        raise GKError(f'augment got boxes {list(boxes.shape)} for {len(images)} pictures', 'Give [B, R, 4].')
     if not 0 <= strength <= 3: raise GKError(f'augmentation strength {strength}', 'Use 0 to 3.')
     if strength == 0: return images, boxes
     b, dev = len(images), images.device
     u = (torch.rand(b, 9, generator=generator, device=generator.device) * 2 - 1).to(dev)                     # -1..1
-    angle, zoom, shift = u[:, 0] * strength * np.deg2rad(MAX_ROTATION), torch.exp(u[:, 1] * strength * MAX_ZOOM), u[:, 2:4] * strength * MAX_SHIFT * 2
+    angle, zoom, shift = (u[:, 0] * strength * np.deg2rad(MAX_ROTATION), torch.exp(u[:, 1] * strength * MAX_ZOOM),
+                          u[:, 2:4] * strength * MAX_SHIFT * 2)
     c, s = angle.cos(), angle.sin()
     forward = torch.stack([torch.stack([c, -s], -1), torch.stack([s, c], -1)], -2) * zoom[:, None, None]     # [B, 2, 2], det = zoom^2 > 0
     back = torch.linalg.inv(forward)
@@ -267,7 +292,7 @@ def augment(images: torch.Tensor, # float [B, 1, S, S] from `to_float`
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     x = F.grid_sample(images.float() - BLACK, grid, align_corners=False) + BLACK                             # black outside
     def k(i): return u[:, i, None, None, None] * strength
-    x = _blur((x * _STD + _MEAN).clamp(0, 1), k(4).clamp(0, 1) * MAX_BLUR)                                   # half of the pictures stay sharp
+    x = _blur((x * _STD + _MEAN).clamp(0, 1), k(4).clamp(0, 1) * MAX_BLUR)  # half of the pictures stay sharp
     x = (x.pow(torch.exp(k(5) * MAX_TONE)) - .5) * torch.exp(k(6) * MAX_TONE) + .5 + k(7) * MAX_TONE / 2
     noise = torch.randn(x.shape, generator=generator, device=generator.device).to(dev)
     x = (x + noise * k(8).clamp(min=0) * MAX_NOISE).clamp(0, 1)

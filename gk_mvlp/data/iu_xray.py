@@ -37,7 +37,8 @@ def read_report(raw: bytes, # of an XML file
     if len({k for k, _ in texts}) < len(texts): raise bad('a section appears twice')
     images = [p.get('id') or '' for p in tree.iter('parentImage')]
     if len(set(images)) < len(images) or '' in images: raise bad('a parentImage has no id or repeats')
-    return {'uid': uid, 'sections': dict(texts), 'mesh': [m.text.strip() for m in tree.findall('.//MeSH/major') if m.text], 'images': images}
+    return {'uid': uid, 'sections': dict(texts), 'mesh': [m.text.strip() for m in tree.findall('.//MeSH/major') if m.text],
+            'images': images}
 
 # %% ../../nbs/data/32_iu_xray.ipynb #04e945f7
 _MAX_XML = 2_000_000     # bytes; the largest official report has 15,000
@@ -45,12 +46,16 @@ _MAX_XML = 2_000_000     # bytes; the largest official report has 15,000
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     "(name, bytes) of the XML files in a .tgz."
     try:
-        with tarfile.open(fileobj=io.BytesIO(unpack_gzip(path.read_bytes(), path))) as tar:          # unpacked whole first: its checksum covers the end
+        # unpacked whole first: its checksum covers the end
+        with tarfile.open(fileobj=io.BytesIO(unpack_gzip(path.read_bytes(), path))) as tar:
             for m in tar:
                 p = PurePosixPath(m.name)
-                if p.is_absolute() or '..' in p.parts or m.issym() or m.islnk() or m.size > _MAX_XML: raise GKError(f'{path}: member {m.name!r} is a link, leads out of the folder or is too large', 'Use the official archive.')
+                if p.is_absolute() or '..' in p.parts or m.issym() or m.islnk() or m.size > _MAX_XML:
+                    raise GKError(f'{path}: member {m.name!r} is a link, leads out of the folder or is too large',
+                                  'Use the official archive.')
                 if m.isfile() and p.suffix == '.xml': yield f'{path}: {m.name}', tar.extractfile(m).read()
-    except (tarfile.TarError, OSError, EOFError) as err: raise GKError(f'{path}: not a whole tar archive ({err})', 'Download it again.') from err
+    except (tarfile.TarError, OSError, EOFError) as err:
+        raise GKError(f'{path}: not a whole tar archive ({err})', 'Download it again.') from err
 
 def read_reports(folder: Path # iu_xray/
                  ) -> list[dict]:
@@ -75,20 +80,25 @@ def read_projections(folder: Path # iu_xray/
     if table.is_file():
         out = {}
         for r in read_table(table, ('uid', 'filename', 'projection'), unique='filename'):
-            if r['projection'] not in ('Frontal', 'Lateral') or not r['filename'].startswith(r['uid'] + '_'): raise GKError(f'{table}: line {r[""]}: {r["filename"]!r} of uid {r["uid"]!r} is {r["projection"]!r}', 'Projections are Frontal or Lateral; names start with the uid.')
+            if r['projection'] not in ('Frontal', 'Lateral') or not r['filename'].startswith(r['uid'] + '_'):
+                raise GKError(f'{table}: line {r[""]}: {r["filename"]!r} of uid {r["uid"]!r} is {r["projection"]!r}',
+                              'Projections are Frontal or Lateral; names start with the uid.')
             out[r['filename'].removesuffix('.png').removesuffix('.dcm')] = r['projection']
         return out
     if looks.is_file():
         rows = read_table(looks, ('imageid', 'tsne-view'), unique='imageid')
         return {r['imageid']: 'Lateral' if r['tsne-view'] == 'L' else 'Frontal' for r in rows}
-    raise GKError(f'{folder}: neither indiana_projections.csv nor nlmcxr_tsne_pa.csv.gz', 'One is needed to tell frontal from lateral pictures.')
+    raise GKError(f'{folder}: neither indiana_projections.csv nor nlmcxr_tsne_pa.csv.gz',
+                  'One is needed to tell frontal from lateral pictures.')
 
 def _view(image: str, views: dict[str, str]) -> str:
-    "'Frontal', 'Lateral' or '' of an XML picture id: `CXR10_IM-2-1001` is `10_IM-2-1001` in the table, `CXR1_1_IM-1-4001` is `1_IM-1-4001`."
+    """'Frontal', 'Lateral' or '' of an XML picture id: `CXR10_IM-2-1001` is `10_IM-2-1001` in the table, `CXR1_1_IM-1-4001` is
+    `1_IM-1-4001`."""
     return next((views[k] for k in (image, image[3:], image.partition('_')[2]) if k in views), '')
 
 def _file(folder: Path, image: str, where: str) -> Path:
-    "A picture of either public copy: Open-i's `CXR1_1_IM-0001-4001.png` or Kaggle's `1_IM-0001-4001.dcm.png`; Open-i's name where neither is there."
+    """A picture of either public copy: Open-i's `CXR1_1_IM-0001-4001.png` or Kaggle's `1_IM-0001-4001.dcm.png`; Open-i's name where
+    neither is there."""
     names = (f'NLMCXR_png/{image}.png', f'images/{image}.png', f'images/{image[3:]}.dcm.png', f'images/{image.partition("_")[2]}.dcm.png')
     paths = [picture_path(folder, n, where) for n in names]
     return next((p for p in paths if p.is_file()), paths[0])
@@ -106,25 +116,32 @@ def _openi(folder: Path, sections: tuple[str, ...], pictures: bool) -> list[Stud
         mesh = [m.lower() for m in r['mesh']]
         labels = {} if not mesh or mesh == ['no indexing'] else {'normal': int(mesh == ['normal'])}
         extra = {'indication': text['INDICATION'], 'comparison': text['COMPARISON'], 'mesh': '; '.join(r['mesh'])}
-        out.append(Study(r['uid'], f'iu-{r["uid"]}', files[0] if files else None, report, labels=labels, view='Frontal' if files else '', attributes={k: v for k, v in extra.items() if v}, other_views=tuple(files[1:])))
+        out.append(Study(r['uid'], f'iu-{r["uid"]}', files[0] if files else None, report, labels=labels, view='Frontal' if files else '',
+                         attributes={k: v for k, v in extra.items() if v}, other_views=tuple(files[1:])))
     return out
 
 def _r2gen(folder: Path, pictures: bool) -> list[Study]:
     path = folder/'annotation.json'
     data, out, seen = read_json(path), [], set()
-    if not isinstance(data, dict) or not data or not all(isinstance(v, list) for v in data.values()): raise GKError(f'{path}: not {{split: [records]}}', 'Use annotation.json of R2Gen.')
-    if unknown := set(data) - {'train', 'val', 'test'}: raise GKError(f'{path}: split {sorted(unknown)[0]!r}', 'Splits are train, val and test.')
+    if not isinstance(data, dict) or not data or not all(isinstance(v, list) for v in data.values()):
+        raise GKError(f'{path}: not {{split: [records]}}', 'Use annotation.json of R2Gen.')
+    if unknown := set(data) - {'train', 'val', 'test'}:
+        raise GKError(f'{path}: split {sorted(unknown)[0]!r}', 'Splits are train, val and test.')
     for split, records in data.items():
         for i, r in enumerate(records):
             where = f'{path}: {split} record {i}'
-            if not isinstance(r, dict) or not all(isinstance(r.get(k), str) and r[k].strip() for k in ('id', 'report')): raise GKError(f'{where}: id or report is missing, empty or no text', 'Records need id, report and image_path.')
+            if not isinstance(r, dict) or not all(isinstance(r.get(k), str) and r[k].strip() for k in ('id', 'report')):
+                raise GKError(f'{where}: id or report is missing, empty or no text', 'Records need id, report and image_path.')
             names = r.get('image_path')
-            if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names): raise GKError(f'{where}: image_path is {names!r}', 'Give a list of paths: frontal, lateral.')
-            if r.get('split', split) != split: raise GKError(f'{where}: says split {r["split"]!r}', 'A record must be in the list of its split.')
+            if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+                raise GKError(f'{where}: image_path is {names!r}', 'Give a list of paths: frontal, lateral.')
+            if r.get('split', split) != split:
+                raise GKError(f'{where}: says split {r["split"]!r}', 'A record must be in the list of its split.')
             if r['id'] in seen: raise GKError(f'{where}: id {r["id"]!r} repeats', 'Keep one.')
             seen.add(r['id'])
             files = [picture_path(folder/'images', n, where) for n in names] if pictures else []
-            out.append(Study(r['id'], f'iu-{r["id"].split("_")[0]}', files[0] if files else None, ' '.join(r['report'].split()), split=split, view='Frontal' if files else '', other_views=tuple(files[1:])))
+            out.append(Study(r['id'], f'iu-{r["id"].split("_")[0]}', files[0] if files else None, ' '.join(r['report'].split()),
+                             split=split, view='Frontal' if files else '', other_views=tuple(files[1:])))
     return out
 
 # %% ../../nbs/data/32_iu_xray.ipynb #ef2d636b
@@ -135,7 +152,8 @@ def load_iu_xray(root: str | Path | None = None, # data root that holds iu_xray/
                  reports_only: bool = True, # leave out studies without a report in these sections
                  bad: str = 'raise' # what to do with missing pictures: 'raise' or 'skip'
                  ) -> list[Study]:
-    "One study per examination: report, its entities and relations, frontal picture, `other_views`; from XML also `labels['normal']`, indication, comparison and index terms."
+    """One study per examination: report, its entities and relations, frontal picture, `other_views`; from XML also `labels['normal']`,
+    indication, comparison and index terms."""
     if layout not in ('r2gen', 'openi'): raise GKError(f'IU X-Ray layout {layout!r}', 'Use r2gen or openi.')
     if not sections or set(sections) - set(SECTIONS): raise GKError(f'sections={sections!r}', f'Use some of: {", ".join(SECTIONS)}.')
     folder = data_root(root, ('iu_xray',))/'iu_xray'

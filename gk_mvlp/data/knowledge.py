@@ -36,7 +36,8 @@ _AIRSPACE: tuple[Entity, ...] = (
     Entity('lung opacity', 'an area of lung that is whiter than it should be, because something denser than air lies in or over it',
            ('opacity', 'opacities', 'opacification', 'opacifications', 'infiltrate', 'infiltrates', 'infiltration', 'airspace disease',
             'air space disease', 'haziness', 'airspace process', 'air space process', 'airspace opacification'), _ZONES),
-    Entity('consolidation', 'air spaces filled with fluid, pus or cells, giving a dense white patch in which air-filled bronchi may still be seen',
+    Entity('consolidation', 'air spaces filled with fluid, pus or cells, giving a dense white patch in which air-filled bronchi may still '
+                            'be seen',
            ('consolidations', 'consolidative', 'air bronchogram', 'air bronchograms', 'consolidated'), _ZONES),
     Entity('pneumonia', 'infection of the lung, seen as a patchy or lobar white area, most often in a lower zone',
            ('pneumonias', 'pneumonic', 'bronchopneumonia', 'pneumonitis', 'infectious process', 'airspace infection'), _ZONES),
@@ -47,12 +48,15 @@ _AIRSPACE: tuple[Entity, ...] = (
 _FLUID_AND_HEART: tuple[Entity, ...] = (
     Entity('pulmonary edema', 'fluid in the interstitium and air spaces, spreading from both hila with blurred vessels and septal lines',
            ('edema', 'oedema', 'vascular congestion', 'pulmonary congestion', 'interstitial congestion', 'kerley b lines',
-            'pulmonary vascular engorgement', 'venous congestion', 'vascular engorgement', 'cephalization', 'pulmonary venous hypertension', 'kerley b',
+            'pulmonary vascular engorgement', 'venous congestion', 'vascular engorgement', 'cephalization', 'pulmonary venous hypertension',
+            'kerley b',
             'fluid overload', 'volume overload', 'vascular prominence'), _HILA + _LUNGS),
-    Entity('pleural effusion', 'fluid between lung and chest wall that blunts the costophrenic angle and rises along the wall as a meniscus',
+    Entity('pleural effusion',
+           'fluid between lung and chest wall that blunts the costophrenic angle and rises along the wall as a meniscus',
            ('effusion', 'effusions', 'pleural effusions', 'pleural fluid', 'hydrothorax', 'blunting of the costophrenic angle',
             'costophrenic angle blunting'), _ANGLES + _LOWER),
-    Entity('pneumothorax', 'air in the pleural space, seen as a black rim without lung markings beyond a thin pleural line, usually at the apex',
+    Entity('pneumothorax', 'air in the pleural space, seen as a black rim without lung markings beyond a thin pleural line, usually at '
+                           'the apex',
            ('pneumothoraces', 'pneumothoraxes', 'hydropneumothorax'), _APICES + ('right upper lung zone', 'left upper lung zone')),
     Entity('cardiomegaly', 'a heart wider than half of the chest on a frontal picture',
            ('enlarged heart', 'enlarged cardiac silhouette', 'cardiac enlargement', 'heart is enlarged', 'cardiac silhouette is enlarged',
@@ -66,9 +70,11 @@ _LESIONS: tuple[Entity, ...] = (
            ('masses', 'mass-like', 'masslike'), _ZONES),
     Entity('hyperinflation', 'lungs holding too much air, large and dark with flattened diaphragms and a narrow heart',
            ('hyperinflated', 'hyperexpanded', 'hyperexpansion', 'hyperlucent', 'emphysema', 'emphysematous', 'flattened diaphragms',
-            'flattening of the diaphragm', 'flattening of the diaphragms', 'copd', 'hyperdistention', 'hyperdistended', 'hyperaeration', 'hyperaerated',
+            'flattening of the diaphragm', 'flattening of the diaphragms', 'copd', 'hyperdistention', 'hyperdistended', 'hyperaeration',
+            'hyperaerated',
             'hyperlucency', 'overinflated', 'overinflation', 'flattened diaphragm', 'flattened hemidiaphragms', 'flattened hemidiaphragm',
-            'flattening of the hemidiaphragms', 'flattening of diaphragms', 'chronic obstructive pulmonary disease', 'obstructive lung disease',
+            'flattening of the hemidiaphragms', 'flattening of diaphragms', 'chronic obstructive pulmonary disease',
+            'obstructive lung disease',
             'large lung volumes', 'increased lung volumes'), _LUNGS),
     Entity('fibrosis', 'scarring of the lung, seen as coarse lines and a net-like pattern with loss of volume',
            ('fibrotic', 'scarring', 'scar', 'scars', 'interstitial lung disease', 'reticulation', 'reticular pattern', 'cicatrix',
@@ -81,20 +87,27 @@ _LESIONS: tuple[Entity, ...] = (
 _OTHER: tuple[Entity, ...] = (
     Entity('fracture', 'a break in a rib or clavicle, seen as a step or a dark line across the bone',
            ('fractures', 'fractured', 'broken rib', 'rib fx'), _LUNGS + ('right clavicle', 'left clavicle')),
-    Entity('hiatal hernia', 'stomach that has risen through the diaphragm, seen as a rounded shadow behind the heart, often with an air-fluid level',
+    Entity('hiatal hernia', 'stomach that has risen through the diaphragm, seen as a rounded shadow behind the heart, often with an '
+                            'air-fluid level',
            ('hernia', 'hiatus hernia', 'hiatal hernias'), ('mediastinum', 'cardiac silhouette')),
     Entity('mediastinal widening', 'a mediastinum broader than usual at the level of the aortic arch',
-           ('widened mediastinum', 'mediastinal enlargement', 'enlarged mediastinum', 'mediastinum is widened', 'enlarged cardiomediastinal silhouette'),
+           ('widened mediastinum', 'mediastinal enlargement', 'enlarged mediastinum', 'mediastinum is widened',
+            'enlarged cardiomediastinal silhouette'),
            ('mediastinum', 'upper mediastinum')),
     Entity('granuloma', 'a small, very dense, calcified spot left by an old infection',
            ('granulomas', 'granulomata', 'granulomatous disease', 'calcified nodule', 'calcified nodules', 'calcified granuloma',
-            'calcified granulomas', 'granulomatous changes', 'granulomatous calcification', 'granulomatous calcifications', 'granulomatous'), _ZONES + _HILA),
+            'calcified granulomas', 'granulomatous changes', 'granulomatous calcification', 'granulomatous calcifications',
+            'granulomatous'), _ZONES + _HILA),
     Entity('support device', 'a tube, line, lead or pacemaker, seen as a very white, smooth and sharp-edged shape of even width',
-           ('endotracheal tube', 'nasogastric tube', 'enteric tube', 'tracheostomy', 'central line', 'central venous catheter', 'picc', 'port-a-cath',
-            'catheter', 'pacemaker', 'chest tube', 'et tube', 'ng tube', 'sternotomy wires', 'icd', 'pacing leads', 'pacer', 'defibrillator', 'aicd',
-            'port', 'mediport', 'portacath', 'dialysis catheter', 'feeding tube', 'tracheostomy tube', 'catheters', 'picc line', 'cardiac device',
+           ('endotracheal tube', 'nasogastric tube', 'enteric tube', 'tracheostomy', 'central line', 'central venous catheter', 'picc',
+            'port-a-cath',
+            'catheter', 'pacemaker', 'chest tube', 'et tube', 'ng tube', 'sternotomy wires', 'icd', 'pacing leads', 'pacer',
+            'defibrillator', 'aicd',
+            'port', 'mediport', 'portacath', 'dialysis catheter', 'feeding tube', 'tracheostomy tube', 'catheters', 'picc line',
+            'cardiac device',
             'prosthetic valve', 'valve prosthesis', 'central lines', 'venous line', 'monitor leads', 'telemetry leads', 'stimulator',
-            'electronic device', 'pulse generator', 'generator', 'tube', 'lead', 'leads'), ('trachea', 'svc', 'mediastinum', 'left clavicle')),)
+            'electronic device', 'pulse generator', 'generator', 'tube', 'lead', 'leads'),
+           ('trachea', 'svc', 'mediastinum', 'left clavicle')),)
 
 # %% ../../nbs/data/11_knowledge.ipynb #637ef733
 ENTITIES: tuple[Entity, ...] = _AIRSPACE + _FLUID_AND_HEART + _LESIONS + _OTHER
@@ -139,7 +152,8 @@ def prompt(entity: str, # a name or synonym
     return f'{e.name} in the {region}: {e.description}'
 
 # %% ../../nbs/data/11_knowledge.ipynb #d547495c
-_SKIPPED = ('indications?', 'history', 'clinical (?:history|information|indications?|data)', 'reason for (?:the )?(?:exam|examination|study)',
+_SKIPPED = ('indications?', 'history', 'clinical (?:history|information|indications?|data)',
+            'reason for (?:the )?(?:exam|examination|study)',
             'comparisons?', 'techniques?', 'examination', 'exam', 'procedure', 'study', 'views?', 'recommendations?')
 _READ = ('findings?', 'impressions?', 'conclusions?', 'report', 'opinion', 'interpretation')
 _HEADER = re.compile(rf'(?:^|(?<=[\s.]))(?:(?P<skip>{"|".join(_SKIPPED)})|(?P<read>{"|".join(_READ)}))\s*:')
@@ -203,16 +217,20 @@ _HEART_PATTERNS: tuple[tuple[str, str, str], ...] = (  # entity, regex, a senten
     ('cardiomegaly', r'\bprominence of the (?:heart|cardiac silhouette)', 'Prominence of the cardiac silhouette.'),
     ('mediastinal widening', rf'\b{_MED}(?: (?:silhouette|contours?|shadow))?{_GAP} (?:widened|widening|enlarged|enlargement)\b',
      'The mediastinal contour is widened.'),
-    ('mediastinal widening', rf'\b(?:widened|widening|enlarged|enlargement|prominence|prominent)(?: (?:of|the|superior|upper|appearance)){{0,4}} {_MED}',
+    ('mediastinal widening',
+     rf'\b(?:widened|widening|enlarged|enlargement|prominence|prominent)(?: (?:of|the|superior|upper|appearance)){{0,4}} {_MED}',
      'Widening of the superior mediastinum.'))
 
 # %% ../../nbs/data/11_knowledge.ipynb #f8a6581e
 _PLEURA_PATTERNS: tuple[tuple[str, str, str], ...] = ( # entity, regex, a sentence that states it
-    ('pleural effusion', r'\bblunt(?:ing|ed)\b[a-z ]{0,40}' + _ANGLE + r' (?:angles?|sulc\w+|recess\w*|xxxx)', 'Blunting of the right costophrenic angle.'),
-    ('pleural effusion', r'\b' + _ANGLE + r' (?:angles?|sulc\w+|recess\w*|xxxx)(?:(?! (?:not|no|sharp|clear)\b) [a-z]+){0,6}? (?:blunt\w*|obscured)',
+    ('pleural effusion', r'\bblunt(?:ing|ed)\b[a-z ]{0,40}' + _ANGLE + r' (?:angles?|sulc\w+|recess\w*|xxxx)',
+     'Blunting of the right costophrenic angle.'),
+    ('pleural effusion', r'\b' + _ANGLE
+     + r' (?:angles?|sulc\w+|recess\w*|xxxx)(?:(?! (?:not|no|sharp|clear)\b) [a-z]+){0,6}? (?:blunt\w*|obscured)',
      'The left costophrenic angle is slightly blunted.'),
     ('pleural effusion', r'\bfluid (?:in|within|along) the [a-z ]{0,20}(?:fissures?|pleural space)', 'Fluid in the minor fissure.'),
-    ('granuloma', r'\bcalcified(?: (?!and\b|or\b|with\b)[a-z]+){0,4}? (?:nodules?|granuloma\w*|nodes?)', 'Calcified right hilar lymph nodes.'),
+    ('granuloma', r'\bcalcified(?: (?!and\b|or\b|with\b)[a-z]+){0,4}? (?:nodules?|granuloma\w*|nodes?)',
+     'Calcified right hilar lymph nodes.'),
     ('granuloma', r'\b(?:nodules?|nodes?) (?:is|are|which is|appears?) calcified', 'The nodules are calcified.'),
     ('pleural thickening', r'\b(?:pleural|pleura|biapical|apical)(?: [a-z]+){0,3}? thickening', 'Biapical pleural thickening.'),
     ('pleural thickening', r'\bthickening of the [a-z ]{0,20}pleura', 'Thickening of the apical pleura.'))
@@ -226,12 +244,14 @@ _LUNG_PATTERNS: tuple[tuple[str, str, str], ...] = (
      'Prominence of the pulmonary vasculature.'),
     ('pulmonary edema', r'\b(?:pulmonary|lung|central) vascul\w+(?: (?:is|are|mildly|remains?|markings)){0,3} (?:increased|prominen\w+)',
      'The pulmonary vascularity is mildly increased.'),
-    ('support device', r'\btip (?:is |projects |projecting |visualized |seen |terminat\w+ |overl\w+ |now )*(?:in|over|at|within|near)(?: the)?'
+    ('support device', r'\btip (?:is |projects |projecting |visualized |seen |terminat\w+ |overl\w+ |now '
+                       r')*(?:in|over|at|within|near)(?: the)?'
                        r'(?: (?:mid|lower|upper|distal|proximal|right))* (?:svc|superior vena cava|cavoatrial|atri\w+)',
      'Its tip projects over the lower SVC.'),
     ('lung opacity', r'\b(?:patchy|airspace|air space|alveolar|hazy|streaky|ground glass|parenchymal|focal|ill defined|increased'
                      r'|pulmonary|basilar|bibasilar|bibasal|lobe|base) (?:densit(?:y|ies)|disease)', 'Patchy density at the base.'),
-    ('support device', r'\b(?:lead|leads|line|tube|catheter|wires?)(?= (?:tips?|is|are|terminat\w+|projects?|ends?|in|overl\w+)\b)', 'A line is in place.'))
+    ('support device', r'\b(?:lead|leads|line|tube|catheter|wires?)(?= (?:tips?|is|are|terminat\w+|projects?|ends?|in|overl\w+)\b)',
+     'A line is in place.'))
 
 # %% ../../nbs/data/11_knowledge.ipynb #be12ee31
 _PATTERNS: tuple[tuple[str, re.Pattern], ...] = tuple((n, re.compile(p)) for n, p, _ in _HEART_PATTERNS + _PLEURA_PATTERNS + _LUNG_PATTERNS)
@@ -258,13 +278,16 @@ _NORMAL_HEART: tuple[tuple[tuple[str, ...], str, str], ...] = ( # entities denie
 
 # %% ../../nbs/data/11_knowledge.ipynb #788ab497
 _NORMAL_LUNG: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (('lung opacity', 'consolidation'), r'\blungs?(?: (?:fields?|bases|parenchyma))?(?:(?! (?:not|no|opaci\w+|consolidat\w+)\b) (?:[a-z]+|,)){0,7}?'
+    (('lung opacity', 'consolidation'),
+     r'\blungs?(?: (?:fields?|bases|parenchyma))?(?:(?! (?:not|no|opaci\w+|consolidat\w+)\b) (?:[a-z]+|,)){0,7}?'
                                         r' clear\b(?! of| except)', 'The lungs remain grossly clear.'),
     (('lung opacity', 'consolidation'), r'\b(?:clear|normal) lungs\b(?! volumes?)', 'Clear lungs.'),
     (('pleural effusion',), r'\b' + _ANGLE + r' (?:angles?|sulc\w+|recess\w*)(?:(?! (?:not|blunt\w*)\b) [a-z]+){0,4}?'
                             r' (?:sharp|clear|preserved|maintained|not blunted|intact|unremarkable)', 'The costophrenic angles are sharp.'),
-    (('pleural effusion', 'pneumothorax'), r'\bpleural (?:spaces?|surfaces?)(?: [a-z]+){0,3}? (?:clear|normal|unremarkable)', 'The pleural spaces are clear.'),
-    (('pulmonary edema',), rf'\b(?:pulmonary )?(?:vascularity|vasculature|vessels|vascular markings)(?: (?:is|are|appears?|markings?|and|hila)){{0,3}} {_OK}'
+    (('pleural effusion', 'pneumothorax'), r'\bpleural (?:spaces?|surfaces?)(?: [a-z]+){0,3}? (?:clear|normal|unremarkable)',
+     'The pleural spaces are clear.'),
+    (('pulmonary edema',), rf'\b(?:pulmonary )?(?:vascularity|vasculature|vessels|vascular markings)(?: '
+                           rf'(?:is|are|appears?|markings?|and|hila)){{0,3}} {_OK}'
                            r'|\bnormal (?:pulmonary )?(?:vascularity|vasculature)', 'Pulmonary vascularity is normal.'),
     (('fracture',), r'\b(?:ribs?|bones|bony|osseous)(?: [a-z]+){0,6}? intact', 'The bony structures are intact.'),
     (('hyperinflation',), r'\b(?:normally|normal|well) (?:inflated|aerated)|\bnormal lung volumes', 'The lungs are well aerated.'))
@@ -287,7 +310,8 @@ def _mentions(clause: str) -> list[tuple[int, int, str, int | None]]:
     return sorted(out)
 
 # %% ../../nbs/data/11_knowledge.ipynb #34c45c01
-_TERMINATOR = re.compile(r'\b(?:but|however|although|though|nevertheless|whereas|while|yet|despite|except(?:ing)?(?: for)?|with (?:the )?exception of'
+_TERMINATOR = re.compile(r'\b(?:but|however|although|though|nevertheless|whereas|while|yet|despite|except(?:ing)?(?: for)?|with (?:the '
+                         r')?exception of'
                          r'|other than|aside from|apart from|otherwise)\b')
 _VERB = r'(?:is|are|was|were|has|have|appears?|remains?|persists?|shows?|demonstrates?)'
 _HAS_VERB = re.compile(rf'\b(?:{_VERB}|noted|seen|identified|present)\b|^\s*(?:there\b|no\b|without\b)')
@@ -313,7 +337,8 @@ def _alternation(table: tuple[tuple[str, str], ...]) -> str: "The regexes of a t
 
 _PSEUDO_TABLE: tuple[tuple[str, str], ...] = (         # regex, a sentence whose effusion is there
     (r'(?:no|without|not)(?: (?:significant|significantly|interval|definite|appreciable|much|substantial|gross|major))*'
-     r' (?:change[ds]?|increased?|decreased?|improvement|worsening|progression)(?: (?:in|of|from|to))?', 'No significant interval change in the effusion.'),
+     r' (?:change[ds]?|increased?|decreased?|improvement|worsening|progression)(?: (?:in|of|from|to))?',
+     'No significant interval change in the effusion.'),
     (r'not only', 'Not only an effusion.'),
     (r'no further', 'No further effusion.'),
     (r'not (?:completely|fully|entirely|yet) (?:resolved|cleared)', 'The effusion has not completely resolved.'),
@@ -331,10 +356,12 @@ _PRE_NEG_TABLE: tuple[tuple[str, str], ...] = (        # regex before, a sentenc
     (r"den(?:y|ies)|excludes?|isn't|aren't|doesn't|cannot see", 'This excludes an effusion.'))
 _PRE_NEG = re.compile(rf'\b(?:{_alternation(_PRE_NEG_TABLE)})\b(?! excluded)')
 _POST_NEG_TABLE: tuple[tuple[str, str], ...] = (       # regex after, a sentence that denies an effusion
-    (r'not (?:\w+ )?(?:seen|identified|evident|present|visuali[sz]ed|appreciated|demonstrated|noted|apparent|detected|observed|suspected|found)',
+    (r'not (?:\w+ '
+     r')?(?:seen|identified|evident|present|visuali[sz]ed|appreciated|demonstrated|noted|apparent|detected|observed|suspected|found)',
      'An effusion is not clearly seen.'),
     (r'within (?:the )?(?:normal limits|limits of normal)', 'Pleural fluid is within normal limits.'),
-    (r'no longer (?:\w+ )?(?:seen|identified|evident|present|visuali[sz]ed|appreciated|apparent|visible)', 'The effusion is no longer visible.'),
+    (r'no longer (?:\w+ )?(?:seen|identified|evident|present|visuali[sz]ed|appreciated|apparent|visible)',
+     'The effusion is no longer visible.'),
     (r'resolved|absent|cleared|ruled out|excluded|removed|removal|negative', 'The effusion has resolved.'))
 _POST_NEG = re.compile(rf'\b(?:(?:{_VERB}|been|now|completely|since|interval|not|no longer) ?)*(?:{_alternation(_POST_NEG_TABLE)})\b')
 
@@ -351,7 +378,8 @@ _ADJ_DOUBT_TABLE: tuple[tuple[str, str], ...] = (      # an adjective: up to the
     (r'possible|possibly|probable|probably|likely|questionable|suspected|borderline|equivocal|potential', 'Possible effusion.'),)
 _ADJ_DOUBT = re.compile(rf'\b(?:{_alternation(_ADJ_DOUBT_TABLE)})\b')
 _POST_DOUBT_TABLE: tuple[tuple[str, str], ...] = (     # regex after, a sentence that doubts an effusion
-    (r"(?:cannot|can not|can't|could not|not|difficult to)(?: be)?(?: \w+)? (?:exclude|excluded|ruled out)", 'An effusion cannot be fully excluded.'),
+    (r"(?:cannot|can not|can't|could not|not|difficult to)(?: be)?(?: \w+)? (?:exclude|excluded|ruled out)",
+     'An effusion cannot be fully excluded.'),
     (rf'(?:{_VERB}|be) (?:\w+ )?(?:possible|suspected|likely|unlikely|questioned|questionable|considered|doubtful|equivocal|suggested)',
      'An effusion is suspected.'),
     (r'less likely|not (?:entirely |completely )?excluded', 'An effusion less likely.'),
@@ -363,7 +391,8 @@ _POST_DOUBT = re.compile(rf'\b(?:{_alternation(_POST_DOUBT_TABLE)})\b')
 _SILENT_TABLE: tuple[tuple[str, str], ...] = (         # regex, a sentence that says nothing of this picture
     (r'history of|h / o|hx of|status post|s / p', 'History of pneumonia.'),
     (r'evaluat\w+(?: (?:for|of))?|assess(?:ment)?(?: (?:for|of))?|rule out|r / o|to exclude', 'Please evaluate for effusion.'),
-    (r'recommend\w*|clinical(?:ly)? (?:concern|suspicion|suspected|correlat\w+)[a-z ]*?(?:for|of|with)?', 'We recommend CT for the nodule.'),
+    (r'recommend\w*|clinical(?:ly)? (?:concern|suspicion|suspected|correlat\w+)[a-z ]*?(?:for|of|with)?',
+     'We recommend CT for the nodule.'),
     (r'follow up|followup|if there is|(?:can|could|may) be (?:performed|obtained)|(?:for|to) further|to (?:identify|confirm)|search for',
      'Follow up of the nodule.'),
     (r'known|patient with|symptoms of|treated for|difficult to evaluate|limits? evaluation (?:for|of)', 'Patient with pneumonia.'))
@@ -417,14 +446,17 @@ _ZONE_WORDS: tuple[tuple[str, str, str, str], ...] = ( # regex, region after the
     (r'lul', 'upper lung zone', 'left', 'lul opacity'),
     (r'rll', 'lower lung zone', 'right', 'rll opacity'),
     (r'lll|retrocardiac', 'lower lung zone', 'left', 'retrocardiac opacity'),
-    (r'bibasilar|bibasal|lung bases|bases|lower (?:lobes|lungs|lung zones|zones|lung fields)', 'lower lung zone', 'both', 'bibasilar opacity'),
-    (r'lower (?:lobe|zone|lung(?: zone| field)?|hemithorax)|basilar|basal|lung base|base|infrahilar', 'lower lung zone', '', 'left base opacity'),
+    (r'bibasilar|bibasal|lung bases|bases|lower (?:lobes|lungs|lung zones|zones|lung fields)', 'lower lung zone', 'both',
+     'bibasilar opacity'),
+    (r'lower (?:lobe|zone|lung(?: zone| field)?|hemithorax)|basilar|basal|lung base|base|infrahilar', 'lower lung zone', '',
+     'left base opacity'),
     (r'biapical|apices|apexes', 'apical zone', 'both', 'scarring in the apices'),
     (r'apical|apex', 'apical zone', '', 'left apical scarring'),
     (r'bihilar|perihilar|parahilar|hila', 'hilar structures', 'both', 'perihilar opacity'),
     (r'hilar|hilum|suprahilar', 'hilar structures', '', 'right hilar mass'),
     (r'(?:costophrenic|cp) (?:angles|sulci)', 'costophrenic angle', 'both', 'blunting of the costophrenic angles'),
-    (r'(?:lateral |posterior )?(?:costophrenic|cp) (?:angle|sulcus|recess|xxxx)', 'costophrenic angle', '', 'left costophrenic angle blunting'),
+    (r'(?:lateral |posterior )?(?:costophrenic|cp) (?:angle|sulcus|recess|xxxx)', 'costophrenic angle', '',
+     'left costophrenic angle blunting'),
     (r'(?:hemi)?diaphragms', 'hemidiaphragm', 'both', 'flattening of the diaphragms'),
     (r'(?:hemi)?diaphragm', 'hemidiaphragm', '', 'left hemidiaphragm'),
     (r'clavicles', 'clavicle', 'both', 'fractured clavicles'),
@@ -447,7 +479,8 @@ _MIDLINE_WORDS: tuple[tuple[str, str, str], ...] = (   # regex, region, an examp
     (r'abdomen|abdominal|stomach', 'abdomen', 'tube in the stomach'))
 _SIDE = re.compile(r'\b(?P<both>bilateral(?:ly)?|both|either|each|(?:right|rt) (?:and|or|/|greater than|>) (?:the )?(?:left|lt)'
                    r'|(?:left|lt) (?:and|or|/|greater than|>) (?:the )?(?:right|rt))\b|\b(?P<right>right|rt)\b|\b(?P<left>left|lt)\b')
-_NOT_A_SIDE = re.compile(r'\b(?:right|left) (?:sided? )?(?:atri\w+|ventric\w+|heart|breast|axill\w+|shoulder|humer\w+|subclavian|jugular|ij|internal jugular'
+_NOT_A_SIDE = re.compile(r'\b(?:right|left) (?:sided? '
+                         r')?(?:atri\w+|ventric\w+|heart|breast|axill\w+|shoulder|humer\w+|subclavian|jugular|ij|internal jugular'
                          r'|main\w*|arm|upper extremity|upper quadrant)')
 
 # %% ../../nbs/data/11_knowledge.ipynb #88ddb503
@@ -463,7 +496,8 @@ def _places(clause: str) -> list[tuple[int, int, tuple[str, ...]]]:
     for k, z in enumerate(zones):
         _, name, default, _ = _ZONE_WORDS[int(z.lastgroup[1:])]
         floor = zones[k - 1].end() if k else 0
-        shared = k and re.fullmatch(r'(?: (?:and|or|/|,|the|lung|lateral))* ?', text[floor:z.start()])    # 'left mid and lower lung': the side is shared
+        # 'left mid and lower lung': the side is shared
+        shared = k and re.fullmatch(r'(?: (?:and|or|/|,|the|lung|lateral))* ?', text[floor:z.start()])
         prev = [s for s in sides if s[1] <= z.start() and edges(s[1], z.start()) <= 4 and (s[0] >= floor or shared)
                 and not _LEXICON.search(text[s[1]:z.start()])]
         nxt = [s for s in sides if s[0] >= z.end() and edges(z.end(), s[0]) <= 2
@@ -491,7 +525,8 @@ _POSSIBLE: dict[str, tuple[str, ...]] = {
     'mass': _CHEST + ('mediastinum', 'upper mediastinum'), 'granuloma': _CHEST + ('mediastinum', 'upper mediastinum')}
 _IMPLIED = {'cardiomegaly': ('cardiac silhouette',), 'mediastinal widening': ('mediastinum',)}
 _PREPOSITION = re.compile(r'\b(?:in|at|of|within|overlying|overlies|overlie|over|throughout|along|on|near|involving|to|into|from|about'
-                          r'|through|projecting|occupying|is|are)(?: (?:the|a|both|its|medial|lateral|posterior|anterior|patient\'s|mid|extreme)){0,2} ?$')
+                          r'|through|projecting|occupying|is|are)(?: '
+                          r'(?:the|a|both|its|medial|lateral|posterior|anterior|patient\'s|mid|extreme)){0,2} ?$')
 
 _LISTED = re.compile(r'[ ,/]*(?:(?:and|or|the|in|at|lung) ?)*')
 _COORDINATE = re.compile(r'[ ,/]*(?:(?:and|or) )?(?:(?!with\b|without\b|no\b|in\b|at\b|of\b|is\b|are\b)[a-z]+ ){0,3}')
@@ -500,20 +535,22 @@ def _regions_for(entity: str, place: tuple[str, ...]) -> tuple[str, ...]:
     "The regions a place means for an entity: a side alone is that lung (and that angle for effusion); impossible regions are left out."
     if place[0] in ('right', 'left'):
         if entity == 'support device': return ()
-        place = tuple(f'{s} lung' for s in place) + (tuple(f'{s} costophrenic angle' for s in place) if entity == 'pleural effusion' else ())
+        place = (tuple(f'{s} lung' for s in place)
+                 + (tuple(f'{s} costophrenic angle' for s in place) if entity == 'pleural effusion' else ()))
     return tuple(r for r in place if r in _POSSIBLE.get(entity, _CHEST))
 
 # %% ../../nbs/data/11_knowledge.ipynb #2d561b80
 def _linked(clause: str, ms: list, places: list) -> list[tuple[int, tuple[str, ...]]]:
     "(index of the mention, regions) for each place of the clause."
     out: list[tuple[int, tuple[str, ...]]] = []
-    taken: set[int] = set()                             # mentions that already have a place: a later place that looks back leaves them alone
+    taken: set[int] = set()  # mentions that already have a place: a later place that looks back leaves them alone
     for k, (a, b, regions) in enumerate(places):
         overlap = [i for i, m in enumerate(ms) if m[0] < b and a < m[1]]
         ahead = [i for i, m in enumerate(ms) if m[0] >= b]
         last = places[k - 1] if k else None
         listed = last is not None and _LISTED.fullmatch(clause[min(last[1], a):a]) is not None
-        same = {i for i, r in out if last and r == last[2]} if listed else set()       # 'right upper and left lower lobe': both places, the same mentions
+        # 'right upper and left lower lobe': both places, the same mentions
+        same = {i for i, r in out if last and r == last[2]} if listed else set()
         back = [i for i, m in enumerate(ms) if m[1] <= a and (i not in taken or i in same)]
         fits = [i for i in ahead if _regions_for(ms[i][2], regions)]
         if overlap: mine = overlap
@@ -523,7 +560,8 @@ def _linked(clause: str, ms: list, places: list) -> list[tuple[int, tuple[str, .
             mine = fits[:1]
             for i in ahead:                             # 'left effusion and atelectasis' goes on; 'left effusion with ...' does not
                 if mine and i > mine[-1] and _COORDINATE.fullmatch(clause[ms[mine[-1]][1]:ms[i][0]]): mine.append(i)
-            mine = [i for i in mine if not any(p[0] >= b and p[1] <= ms[i][0] and not _LISTED.fullmatch(clause[b:p[0]]) for p in places[k + 1:])]
+            mine = [i for i in mine if not any(p[0] >= b and p[1] <= ms[i][0] and not _LISTED.fullmatch(clause[b:p[0]])
+                                               for p in places[k + 1:])]
         out += [(i, regions) for i in mine]
         taken |= set(mine)
     return out
@@ -531,7 +569,8 @@ def _linked(clause: str, ms: list, places: list) -> list[tuple[int, tuple[str, .
 # %% ../../nbs/data/11_knowledge.ipynb #529d262c
 def extract_relations(text: str # a report, headed or not
                       ) -> dict[tuple[str, str], int]:
-    "{(region, entity): +1 stated there, -1 stated not there}. Uncertain mentions and mentions without a place give none. Rules are ours, see above."
+    """{(region, entity): +1 stated there, -1 stated not there}. Uncertain mentions and mentions without a place give none. Rules are
+    ours, see above."""
     out: dict[tuple[str, str], int] = {}
     for clause in (c for s in _sentences(text) for c in _clauses(s)):
         ms = _mentions(clause)

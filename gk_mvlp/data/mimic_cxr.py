@@ -25,18 +25,24 @@ from .tables import keep_pictures, number, read_table
 from ..paths import GKError, data_root
 
 # %% ../../nbs/data/37_mimic_cxr.ipynb #5e62b7a8
-_SECTION_NAMES: dict[str, str] = {'findings': 'findings', 'finding': 'findings', 'findings and impression': 'findings', 'findings/impression': 'findings', 'chest findings': 'findings', 'chest radiograph findings': 'findings',
-    'impression': 'impression', 'impressions': 'impression', 'conclusion': 'impression', 'conclusions': 'impression', 'opinion': 'impression', 'summary': 'impression', 'indication': 'indication', 'indications': 'indication',
-    'clinical indication': 'indication', 'clinical information': 'indication', 'reason for exam': 'indication', 'reason for examination': 'indication', 'reason for the exam': 'indication', 'history': 'history',
-    'clinical history': 'history', 'comparison': 'comparison', 'comparisons': 'comparison', 'technique': 'technique', 'examination': 'examination', 'exam': 'examination', 'study': 'examination', 'wet read': 'wet read',
+_SECTION_NAMES: dict[str, str] = {'findings': 'findings', 'finding': 'findings', 'findings and impression': 'findings',
+                                  'findings/impression': 'findings', 'chest findings': 'findings', 'chest radiograph findings': 'findings',
+    'impression': 'impression', 'impressions': 'impression', 'conclusion': 'impression', 'conclusions': 'impression',
+    'opinion': 'impression', 'summary': 'impression', 'indication': 'indication', 'indications': 'indication',
+    'clinical indication': 'indication', 'clinical information': 'indication', 'reason for exam': 'indication',
+    'reason for examination': 'indication', 'reason for the exam': 'indication', 'history': 'history',
+    'clinical history': 'history', 'comparison': 'comparison', 'comparisons': 'comparison', 'technique': 'technique',
+    'examination': 'examination', 'exam': 'examination', 'study': 'examination', 'wet read': 'wet read',
     'notification': 'notification', 'recommendation': 'recommendation', 'recommendations': 'recommendation', 'addendum': 'addendum'}
 _HEADING = re.compile(r'^[ \t]*([A-Z][A-Z /&,()-]{2,40}):', re.M)
 
 def split_sections(text: str # a MIMIC-CXR report
                    ) -> dict[str, str]:
-    "{section: text on one line}: 'findings', 'impression', ... as in `_SECTION_NAMES`, other headings under their own words, 'last paragraph' if there is neither findings nor impression."
+    """{section: text on one line}: 'findings', 'impression', ... as in `_SECTION_NAMES`, other headings under their own words, 'last
+    paragraph' if there is neither findings nor impression."""
     text = text.replace('\r', '')
-    marks = [(m.start(), m.end(), _SECTION_NAMES.get(' '.join(m[1].lower().split()), ' '.join(m[1].lower().split()))) for m in _HEADING.finditer(text)]
+    marks = [(m.start(), m.end(), _SECTION_NAMES.get(' '.join(m[1].lower().split()), ' '.join(m[1].lower().split())))
+             for m in _HEADING.finditer(text)]
     out: dict[str, str] = {}
     for k, (_, end, name) in enumerate(marks):
         body = ' '.join(text[end:marks[k + 1][0] if k + 1 < len(marks) else None].split())
@@ -49,15 +55,23 @@ def split_sections(text: str # a MIMIC-CXR report
 
 # %% ../../nbs/data/37_mimic_cxr.ipynb #f9ed10c8
 IMAGENOME_TO_ENTITY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(('lung opacity', 'airspace opacity', 'infiltration'), ('lung opacity',)), 'consolidation': ('consolidation',), 'pneumonia': ('pneumonia',),
+    **dict.fromkeys(('lung opacity', 'airspace opacity', 'infiltration'), ('lung opacity',)), 'consolidation': ('consolidation',),
+    'pneumonia': ('pneumonia',),
     **dict.fromkeys(('atelectasis', 'linear/patchy atelectasis', 'lobar/segmental collapse'), ('atelectasis',)),
-    **dict.fromkeys(('pulmonary edema/hazy opacity', 'vascular congestion', 'vascular redistribution', 'fluid overload/heart failure'), ('pulmonary edema',)),
-    **dict.fromkeys(('pleural effusion', 'costophrenic angle blunting'), ('pleural effusion',)), **dict.fromkeys(('pneumothorax', 'hydropneumothorax'), ('pneumothorax',)),
-    'enlarged cardiac silhouette': ('cardiomegaly',), **dict.fromkeys(('mediastinal widening', 'superior mediastinal mass/enlargement'), ('mediastinal widening',)),
-    **dict.fromkeys(('hyperaeration', 'copd/emphysema'), ('hyperinflation',)), **dict.fromkeys(('increased reticular markings/ild pattern', 'interstitial lung disease'), ('fibrosis',)),
-    **dict.fromkeys(('rib fracture', 'clavicle fracture'), ('fracture',)), 'hernia': ('hiatal hernia',), **dict.fromkeys(('calcified nodule', 'granulomatous disease'), ('granuloma',)),
-    **dict.fromkeys(('mass/nodule (not otherwise specified)', 'multiple masses/nodules', 'lung lesion'), ('nodule', 'mass')), 'pleural/parenchymal scarring': ('pleural thickening', 'fibrosis'),
-    **dict.fromkeys(('chest tube', 'mediastinal drain', 'pigtail catheter', 'endotracheal tube', 'tracheostomy tube', 'picc', 'ij line', 'chest port', 'subclavian line', 'swan-ganz catheter', 'intra-aortic balloon pump',
+    **dict.fromkeys(('pulmonary edema/hazy opacity', 'vascular congestion', 'vascular redistribution', 'fluid overload/heart failure'),
+                    ('pulmonary edema',)),
+    **dict.fromkeys(('pleural effusion', 'costophrenic angle blunting'), ('pleural effusion',)),
+    **dict.fromkeys(('pneumothorax', 'hydropneumothorax'), ('pneumothorax',)),
+    'enlarged cardiac silhouette': ('cardiomegaly',),
+    **dict.fromkeys(('mediastinal widening', 'superior mediastinal mass/enlargement'), ('mediastinal widening',)),
+    **dict.fromkeys(('hyperaeration', 'copd/emphysema'), ('hyperinflation',)),
+    **dict.fromkeys(('increased reticular markings/ild pattern', 'interstitial lung disease'), ('fibrosis',)),
+    **dict.fromkeys(('rib fracture', 'clavicle fracture'), ('fracture',)), 'hernia': ('hiatal hernia',),
+    **dict.fromkeys(('calcified nodule', 'granulomatous disease'), ('granuloma',)),
+    **dict.fromkeys(('mass/nodule (not otherwise specified)', 'multiple masses/nodules', 'lung lesion'), ('nodule', 'mass')),
+    'pleural/parenchymal scarring': ('pleural thickening', 'fibrosis'),
+    **dict.fromkeys(('chest tube', 'mediastinal drain', 'pigtail catheter', 'endotracheal tube', 'tracheostomy tube', 'picc', 'ij line',
+                     'chest port', 'subclavian line', 'swan-ganz catheter', 'intra-aortic balloon pump',
                      'enteric tube', 'sternotomy wires', 'cardiac pacer and wires', 'prosthetic valve'), ('support device',))}
 FACT_CATEGORIES: tuple[str, ...] = ('anatomicalfinding', 'disease', 'tubesandlines', 'device')     # categories that state findings
 
@@ -79,8 +93,10 @@ def facts_to_entities(facts: list[tuple[str, bool, str]] # (region, said to be t
 # %% ../../nbs/data/37_mimic_cxr.ipynb #7a95a80b
 _BOX = ('original_x1', 'original_y1', 'original_x2', 'original_y2')
 SCENE_COLUMNS: list[tuple[str, pa.DataType]] = [
-    ('dicom_id', pa.string()), ('subject_id', pa.string()), ('study_id', pa.string()), ('view', pa.string()), ('sex', pa.string()), ('age', pa.string()),
-    ('regions', pa.list_(pa.string())), ('boxes', pa.list_(pa.list_(pa.float32()))), ('fact_regions', pa.list_(pa.string())), ('fact_there', pa.list_(pa.bool_())), ('fact_labels', pa.list_(pa.string()))]
+    ('dicom_id', pa.string()), ('subject_id', pa.string()), ('study_id', pa.string()), ('view', pa.string()), ('sex', pa.string()),
+    ('age', pa.string()),
+    ('regions', pa.list_(pa.string())), ('boxes', pa.list_(pa.list_(pa.float32()))), ('fact_regions', pa.list_(pa.string())),
+    ('fact_there', pa.list_(pa.bool_())), ('fact_labels', pa.list_(pa.string()))]
 
 def _facts(attributes: list, bad) -> dict[tuple[str, bool, str], None]:
     "Facts of all regions and sentences, each once."
@@ -89,10 +105,12 @@ def _facts(attributes: list, bad) -> dict[tuple[str, bool, str], None]:
         for sentence in a['attributes']:
             for text in sentence:
                 parts = text.split('|')
-                if len(parts) != 3 or parts[1] not in ('yes', 'no'): raise bad(f'attribute {text!r} of {a["bbox_name"]!r} is not category|yes or no|label')
+                if len(parts) != 3 or parts[1] not in ('yes', 'no'):
+                    raise bad(f'attribute {text!r} of {a["bbox_name"]!r} is not category|yes or no|label')
                 if parts[0] in FACT_CATEGORIES: out[a['bbox_name'], parts[1] == 'yes', parts[2].strip().lower()] = None
     return out
 
+# %% ../../nbs/data/37_mimic_cxr.ipynb #264cc252
 def parse_scene_graph(raw: bytes, name: str) -> dict:
     "The columns `SCENE_COLUMNS` of one `<dicom_id>_SceneGraph.json`, or a `GKError`."
     def bad(why): return GKError(f'scene graph: {why}', 'Copy it again from Chest ImaGenome.')
@@ -105,12 +123,16 @@ def parse_scene_graph(raw: bytes, name: str) -> dict:
         for o in g['objects']:
             region, box = o['bbox_name'], [o[k] for k in _BOX]
             if region in boxes: raise bad(f'two boxes for {region!r}')
-            if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in box): raise bad(f'box {box} of {region!r} is not four numbers')
+            if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in box):
+                raise bad(f'box {box} of {region!r} is not four numbers')
             boxes[region] = [float(v) for v in box]
         facts = list(_facts(g['attributes'], bad))
-        return {'dicom_id': g['image_id'], 'subject_id': str(g['patient_id']), 'study_id': str(g['study_id']), 'view': str(g['viewpoint']), 'sex': str(g.get('gender') or ''), 'age': str(g.get('age_decile') or ''),
-                'regions': list(boxes), 'boxes': list(boxes.values()), 'fact_regions': [f[0] for f in facts], 'fact_there': [f[1] for f in facts], 'fact_labels': [f[2] for f in facts]}
-    except (KeyError, TypeError, AttributeError) as err: raise bad(f'not the layout of Chest ImaGenome ({type(err).__name__}: {err})') from err
+        return {'dicom_id': g['image_id'], 'subject_id': str(g['patient_id']), 'study_id': str(g['study_id']), 'view': str(g['viewpoint']),
+                'sex': str(g.get('gender') or ''), 'age': str(g.get('age_decile') or ''),
+                'regions': list(boxes), 'boxes': list(boxes.values()), 'fact_regions': [f[0] for f in facts],
+                'fact_there': [f[1] for f in facts], 'fact_labels': [f[2] for f in facts]}
+    except (KeyError, TypeError, AttributeError) as err:
+        raise bad(f'not the layout of Chest ImaGenome ({type(err).__name__}: {err})') from err
 
 # %% ../../nbs/data/37_mimic_cxr.ipynb #3ba73f52
 def clip_boxes(regions: list[str], boxes: list[list[float]], # original pixels
@@ -131,7 +153,8 @@ REPORT_COLUMNS: list[tuple[str, pa.DataType]] = [('names', pa.list_(pa.string())
 def parse_report(raw: bytes, name: str) -> dict:
     "The columns `REPORT_COLUMNS` of one report file: its sections."
     try: text = raw.decode('utf-8-sig')
-    except UnicodeDecodeError as err: raise GKError(f'report: not UTF-8 text (byte 0x{raw[err.start]:02x} at position {err.start})', 'Convert it.') from err
+    except UnicodeDecodeError as err:
+        raise GKError(f'report: not UTF-8 text (byte 0x{raw[err.start]:02x} at position {err.start})', 'Convert it.') from err
     if '\0' in text: raise GKError('report: holds zero bytes', 'Copy it again.')
     s = split_sections(text)
     return {'names': list(s), 'texts': list(s.values())}
@@ -140,9 +163,11 @@ def _scene_graphs(base: Path, index: Path | None, bad: str, workers: int | None)
     "All scene graphs, a row each."
     folder = base/'chest_imagenome'/'silver_dataset'/'scene_graph'
     if (folder/'scene_graph').is_dir(): folder = folder/'scene_graph'
-    if not folder.is_dir(): raise GKError(f'{folder}: missing', 'Unpack scene_graph.zip of Chest ImaGenome there, or load with scene_graphs=False.')
+    if not folder.is_dir():
+        raise GKError(f'{folder}: missing', 'Unpack scene_graph.zip of Chest ImaGenome there, or load with scene_graphs=False.')
     names = [e.name for e in os.scandir(folder) if e.name.endswith('_SceneGraph.json')]
-    return index_files(folder, names, parse_scene_graph, SCENE_COLUMNS, index_dir('scene_graphs', folder) if index is None else index/'scene_graphs', bad, workers)
+    return index_files(folder, names, parse_scene_graph, SCENE_COLUMNS,
+                       index_dir('scene_graphs', folder) if index is None else index/'scene_graphs', bad, workers)
 
 def _rows(table: pa.Table) -> Iterator[dict]:
     "Rows as dicts, a few thousand at a time: a quarter of a million at once would fill gigabytes."
@@ -155,7 +180,8 @@ def _reports(base: Path, wanted: dict[str, str], index: Path | None, bad: str, w
     for root in roots:
         have = {n: s for s, n in names.items() if (root/n).is_file()}
         if have:
-            table = index_files(root, have, parse_report, REPORT_COLUMNS, index_dir('reports', root) if index is None else index/'reports', bad, workers)
+            table = index_files(root, have, parse_report, REPORT_COLUMNS, index_dir('reports', root) if index is None else index/'reports',
+                                bad, workers)
             return {have[r['file']]: dict(zip(r['names'], r['texts'], strict=True)) for r in _rows(table)}
     return {}
 
@@ -164,13 +190,16 @@ def _folder(subject: str, study: str) -> str: return f'p{subject[:2]}/p{subject}
 # %% ../../nbs/data/37_mimic_cxr.ipynb #41d446f2
 def _mimic_table(folder: Path, name: str, columns: tuple[str, ...], unique: str) -> tuple[Path, list[dict[str, str]]]:
     "(path, rows) of mimic-cxr-2.0.0-<name>.csv or .csv.gz; ids are checked."
-    path = next((p for p in (folder/f'mimic-cxr-2.0.0-{name}.csv', folder/f'mimic-cxr-2.0.0-{name}.csv.gz', folder/f'mimic-cxr-2.1.0-{name}.csv', folder/f'mimic-cxr-2.1.0-{name}.csv.gz') if p.is_file()), None)
+    path = next((p for p in (folder/f'mimic-cxr-2.0.0-{name}.csv', folder/f'mimic-cxr-2.0.0-{name}.csv.gz',
+                             folder/f'mimic-cxr-2.1.0-{name}.csv', folder/f'mimic-cxr-2.1.0-{name}.csv.gz') if p.is_file()), None)
     if path is None: raise GKError(f'{folder}/mimic-cxr-2.0.0-{name}.csv[.gz]: missing', 'Put the tables of MIMIC-CXR-JPG there.')
     rows = read_table(path, columns, unique=unique)
     for r in rows:
         for k, first in (('subject_id', '1'), ('study_id', '5')):
-            if not re.fullmatch(first + r'\d{7}', r[k]): raise GKError(f'{path}: line {r[""]}: {k} is {r[k]!r}', f'Such ids have eight digits and start with {first}.')
-        if 'dicom_id' in r and not re.fullmatch(r'[\w-]+', r['dicom_id']): raise GKError(f'{path}: line {r[""]}: dicom_id is {r["dicom_id"]!r}', 'Use the official table.')
+            if not re.fullmatch(first + r'\d{7}', r[k]):
+                raise GKError(f'{path}: line {r[""]}: {k} is {r[k]!r}', f'Such ids have eight digits and start with {first}.')
+        if 'dicom_id' in r and not re.fullmatch(r'[\w-]+', r['dicom_id']):
+            raise GKError(f'{path}: line {r[""]}: dicom_id is {r["dicom_id"]!r}', 'Use the official table.')
     return path, rows
 
 def _id_list(path: Path) -> set[str]:
@@ -195,10 +224,12 @@ def _splits(base: Path, split_from: str) -> dict[str, str]:
 # %% ../../nbs/data/37_mimic_cxr.ipynb #144e65fb
 def _frontal_pictures(base: Path, split_from: str, avoid: bool) -> tuple[Path, list[dict[str, str]], dict[str, str], dict[str, str]]:
     "(path of the metadata, its rows of frontal pictures that have a split, splits, {study_id: subject_id} of all rows)."
-    path, meta = _mimic_table(base/'mimic_cxr_jpg', 'metadata', ('dicom_id', 'subject_id', 'study_id', 'ViewPosition', 'Rows', 'Columns'), 'dicom_id')
+    path, meta = _mimic_table(base/'mimic_cxr_jpg', 'metadata', ('dicom_id', 'subject_id', 'study_id', 'ViewPosition', 'Rows', 'Columns'),
+                              'dicom_id')
     splits, avoid_path = _splits(base, split_from), base/'chest_imagenome'/'silver_dataset'/'splits'/'images_to_avoid.csv'
     gone = _id_list(avoid_path) if avoid and avoid_path.is_file() else set()
-    return path, [r for r in meta if r['ViewPosition'] in ('PA', 'AP') and r['dicom_id'] in splits and r['dicom_id'] not in gone], splits, {r['study_id']: r['subject_id'] for r in meta}
+    return (path, [r for r in meta if r['ViewPosition'] in ('PA', 'AP') and r['dicom_id'] in splits and r['dicom_id'] not in gone], splits,
+            {r['study_id']: r['subject_id'] for r in meta})
 
 # %% ../../nbs/data/37_mimic_cxr.ipynb #dc7a946c
 def _chexpert_of(jpg: Path, uncertain: str, blank: str) -> Callable[[Study, str], None]:
@@ -222,7 +253,8 @@ def load_mimic_cxr(root: str | Path | None = None, # data root that holds mimic_
                    workers: int | None = None, # processes that make the indices
                    bad: str = 'raise' # missing pictures, broken graphs or reports: 'raise' or 'skip'
                    ) -> list[Study]:
-    "Frontal studies with report, 29 boxes (fractions of the full-size picture), entities, region-entity relations, CheXpert labels, view and official split."
+    """Frontal studies with report, 29 boxes (fractions of the full-size picture), entities, region-entity relations, CheXpert labels,
+    view and official split."""
     check_policies(uncertain, blank)
     if split_from not in ('mimic', 'imagenome'): raise GKError(f'split_from={split_from!r}', 'Use mimic or imagenome.')
     base = data_root(root, ('mimic_cxr_jpg', *(['chest_imagenome'] if scene_graphs or split_from == 'imagenome' else [])))
@@ -232,18 +264,25 @@ def load_mimic_cxr(root: str | Path | None = None, # data root that holds mimic_
     if graphs is not None:
         drawn = set(graphs['dicom_id'].to_pylist())
         meta = [r for r in meta if r['dicom_id'] in drawn]
-    if not meta: raise GKError(f'{meta_path}: no frontal picture with a split{" and a scene graph" if scene_graphs else ""}', 'Check that the three releases belong together.')
+    if not meta:
+        raise GKError(f'{meta_path}: no frontal picture with a split{" and a scene graph" if scene_graphs else ""}',
+                      'Check that the three releases belong together.')
     reports = _reports(base, studies, index, bad, workers)          # of all: the index then does not depend on the options
     labels = _chexpert_of(jpg, uncertain, blank)
     out: dict[str, Study] = {}
     for r in meta:
         report = ' '.join(t for s in sections if (t := reports.get(r['study_id'], {}).get(s)))
         if reports_only and not report: continue
-        s = out[r['dicom_id']] = Study(r['dicom_id'], f'mimic-{r["subject_id"]}', jpg/'files'/_folder(r['subject_id'], r['study_id'])/f'{r["dicom_id"]}.jpg', report, split=splits[r['dicom_id']], view=r['ViewPosition'],
-                                       attributes={'examination': r['study_id'], 'entities_from': 'report' if graphs is None else 'scene graph'})
+        s = out[r['dicom_id']] = Study(r['dicom_id'], f'mimic-{r["subject_id"]}',
+                                       jpg/'files'/_folder(r['subject_id'], r['study_id'])/f'{r["dicom_id"]}.jpg', report,
+                                       split=splits[r['dicom_id']], view=r['ViewPosition'],
+                                       attributes={'examination': r['study_id'],
+                                                   'entities_from': 'report' if graphs is None else 'scene graph'})
         labels(s, r['study_id'])
         if graphs is None and report: s.entities, s.relations = extract_entities(report), extract_relations(report)
-    if not out: raise GKError('mimic_cxr: no study with a report in the sections ' + ', '.join(sections), 'Put the reports under mimic_cxr/files/, or pass reports_only=False.')
+    if not out:
+        raise GKError('mimic_cxr: no study with a report in the sections ' + ', '.join(sections),
+                      'Put the reports under mimic_cxr/files/, or pass reports_only=False.')
     rows = {r['dicom_id']: r for r in meta}
     for g in _rows(graphs) if graphs is not None else ():
         if g['dicom_id'] in out: _add_scene(out[g['dicom_id']], g, rows[g['dicom_id']], meta_path)
@@ -252,12 +291,15 @@ def load_mimic_cxr(root: str | Path | None = None, # data root that holds mimic_
 # %% ../../nbs/data/37_mimic_cxr.ipynb #af997752
 def _full_size(r: dict[str, str], path: Path) -> tuple[int, int]:
     "(rows, columns) of a picture from its row of the metadata in `path`."
-    if not (r['Rows'].isdigit() and r['Columns'].isdigit() and int(r['Rows']) > 0 and int(r['Columns']) > 0): raise GKError(f'{path}: line {r[""]}: Rows {r["Rows"]!r}, Columns {r["Columns"]!r}', 'The boxes need the size of the picture.')
+    if not (r['Rows'].isdigit() and r['Columns'].isdigit() and int(r['Rows']) > 0 and int(r['Columns']) > 0):
+        raise GKError(f'{path}: line {r[""]}: Rows {r["Rows"]!r}, Columns {r["Columns"]!r}', 'The boxes need the size of the picture.')
     return int(r['Rows']), int(r['Columns'])
 
 def _add_scene(s: Study, g: dict, r: dict[str, str], path: Path) -> None:
     "Boxes, entities and relations of a scene graph into the study, in place; `r` is its row of the metadata in `path`."
-    if (g['subject_id'], g['study_id']) != (r['subject_id'], r['study_id']): raise GKError(f'{g["file"]}: patient {g["subject_id"]}, study {g["study_id"]}, but {path} says {r["subject_id"]}, {r["study_id"]}', 'The releases do not belong together.')
+    if (g['subject_id'], g['study_id']) != (r['subject_id'], r['study_id']):
+        raise GKError(f'{g["file"]}: patient {g["subject_id"]}, study {g["study_id"]}, but {path} says {r["subject_id"]}, {r["study_id"]}',
+                      'The releases do not belong together.')
     s.regions, dropped = clip_boxes(g['regions'], g['boxes'], *_full_size(r, path)[::-1])
     s.entities, s.relations = facts_to_entities(list(zip(g['fact_regions'], g['fact_there'], g['fact_labels'], strict=True)))
     s.sex, s.age = g['sex'] if g['sex'] in ('M', 'F') else '', _decile_age(g['age'])
@@ -291,29 +333,37 @@ def _gold_facts(path: Path) -> dict[str, list[tuple[str, bool, str]]]:
     return {k: list(v) for k, v in out.items()}
 
 # %% ../../nbs/data/37_mimic_cxr.ipynb #bd95756e
-def load_imagenome_gold(root: str | Path | None = None, # data root that holds mimic_cxr_jpg/ and chest_imagenome/gold_dataset/, for reports mimic_cxr/
+# data root that holds mimic_cxr_jpg/ and chest_imagenome/gold_dataset/, for reports mimic_cxr/
+def load_imagenome_gold(root: str | Path | None = None,
                         sections: tuple[str, ...] = ('findings', 'impression'), # what the report is made of; '' where there is none
                         facts_only: bool = False, # True: only pictures whose attributes were checked
                         index: str | Path | None = None, # folder of the Parquet index of reports; default under runs/.index
                         workers: int | None = None, # processes that make the index
                         bad: str = 'raise' # missing pictures, broken reports: 'raise' or 'skip'
                         ) -> list[Study]:
-    "Chest ImaGenome's hand-made set: boxes in fractions of the full-size picture and, with `attributes['entities_from'] == 'gold'`, entities and relations; all in split test."
+    """Chest ImaGenome's hand-made set: boxes in fractions of the full-size picture and, with `attributes['entities_from'] == 'gold'`,
+    entities and relations; all in split test."""
     base = data_root(root, ('mimic_cxr_jpg', 'chest_imagenome')); gold = base/'chest_imagenome'/'gold_dataset'
     boxes, facts = _gold_boxes(gold/_GOLD_BOXES), _gold_facts(gold/_GOLD_FACTS)
-    path, meta = _mimic_table(base/'mimic_cxr_jpg', 'metadata', ('dicom_id', 'subject_id', 'study_id', 'ViewPosition', 'Rows', 'Columns'), 'dicom_id')
+    path, meta = _mimic_table(base/'mimic_cxr_jpg', 'metadata', ('dicom_id', 'subject_id', 'study_id', 'ViewPosition', 'Rows', 'Columns'),
+                              'dicom_id')
     rows = [r for r in meta if r['dicom_id'] in boxes and (not facts_only or r['dicom_id'] in facts)]
-    if not rows: raise GKError(f'{path}: none of the {len(boxes)} pictures of {gold/_GOLD_BOXES}', 'Check that the two releases belong together.')
-    reports = _reports(base, {r['study_id']: r['subject_id'] for r in meta}, None if index is None else Path(index), bad, workers)   # of all, as the index of load_mimic_cxr
+    if not rows:
+        raise GKError(f'{path}: none of the {len(boxes)} pictures of {gold/_GOLD_BOXES}', 'Check that the two releases belong together.')
+    # of all, as the index of load_mimic_cxr
+    reports = _reports(base, {r['study_id']: r['subject_id'] for r in meta}, None if index is None else Path(index), bad, workers)
     out = []
     for r in rows:
         report = ' '.join(t for k in sections if (t := reports.get(r['study_id'], {}).get(k)))
-        s = Study(r['dicom_id'], f'mimic-{r["subject_id"]}', base/'mimic_cxr_jpg'/'files'/_folder(r['subject_id'], r['study_id'])/f'{r["dicom_id"]}.jpg', report, split='test', view=r['ViewPosition'], attributes={'examination': r['study_id']})
+        s = Study(r['dicom_id'], f'mimic-{r["subject_id"]}',
+                  base/'mimic_cxr_jpg'/'files'/_folder(r['subject_id'], r['study_id'])/f'{r["dicom_id"]}.jpg', report, split='test',
+                  view=r['ViewPosition'], attributes={'examination': r['study_id']})
         _add_gold(s, *boxes[s.study_id], facts.get(s.study_id), r, path)
         out.append(s)
     return keep_pictures(out, bad, 'imagenome_gold')
 
-def _add_gold(s: Study, regions: list[str], boxes: list[list[float]], facts: list[tuple[str, bool, str]] | None, r: dict[str, str], path: Path) -> None:
+def _add_gold(s: Study, regions: list[str], boxes: list[list[float]], facts: list[tuple[str, bool, str]] | None, r: dict[str, str],
+              path: Path) -> None:
     "Boxes and checked facts into the study, in place; `r` is its row of the metadata in `path`."
     s.regions, dropped = clip_boxes(regions, boxes, *_full_size(r, path)[::-1])
     if dropped: s.attributes['boxes_dropped'] = str(dropped)

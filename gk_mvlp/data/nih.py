@@ -18,8 +18,10 @@ from ..paths import GKError, data_root, read_text
 
 # %% ../../nbs/data/17_nih.ipynb #79585145
 NIH_TO_ENTITY: dict[str, str] = {
-    'atelectasis': 'atelectasis', 'cardiomegaly': 'cardiomegaly', 'consolidation': 'consolidation', 'edema': 'pulmonary edema', 'effusion': 'pleural effusion',
-    'emphysema': 'hyperinflation', 'fibrosis': 'fibrosis', 'hernia': 'hiatal hernia', 'infiltration': 'lung opacity', 'mass': 'mass', 'nodule': 'nodule',
+    'atelectasis': 'atelectasis', 'cardiomegaly': 'cardiomegaly', 'consolidation': 'consolidation', 'edema': 'pulmonary edema',
+    'effusion': 'pleural effusion',
+    'emphysema': 'hyperinflation', 'fibrosis': 'fibrosis', 'hernia': 'hiatal hernia', 'infiltration': 'lung opacity', 'mass': 'mass',
+    'nodule': 'nodule',
     'pleural thickening': 'pleural thickening', 'pneumonia': 'pneumonia', 'pneumothorax': 'pneumothorax'}
 NIH_FINDINGS: tuple[str, ...] = tuple(NIH_TO_ENTITY)
 
@@ -37,7 +39,8 @@ def nih_patient(image_name: str, where: str = 'picture') -> str:
     return f'nih-{m[1]}'
 
 # %% ../../nbs/data/17_nih.ipynb #1c71479a
-_ENTRY = ('Image Index', 'Finding Labels', 'Follow-up #', 'Patient ID', 'Patient Age', 'Patient Gender', 'View Position', 'width', 'height', 'spacing x', 'spacing y')
+_ENTRY = ('Image Index', 'Finding Labels', 'Follow-up #', 'Patient ID', 'Patient Age', 'Patient Gender', 'View Position', 'width', 'height',
+          'spacing x', 'spacing y')
 _BOX = ('Image Index', 'Finding Label', 'x', 'y', 'w', 'h')
 TABLES = ('Data_Entry_2017_v2020.csv', 'Data_Entry_2017.csv', 'Data_Entry_2017_v2020.subset.csv')
 BOX_PIXELS = 1024     # boxes are in pixels of the 1024 x 1024 release, whatever the size of the file at hand
@@ -51,12 +54,17 @@ def read_nih_table(folder: Path # nih_chestxray14/
     for r in read_table(table, _ENTRY, by_position=True, unique='Image Index'):
         where, name = f'{table}: line {r[""]}', r['Image Index']
         subject = nih_patient(name, where)
-        if not r['Patient ID'].isdigit() or int(r['Patient ID']) != int(subject[4:]): raise GKError(f'{where}: Patient ID {r["Patient ID"]!r} but picture {name!r}', 'Table and file name must name the same patient.')
+        if not r['Patient ID'].isdigit() or int(r['Patient ID']) != int(subject[4:]):
+            raise GKError(f'{where}: Patient ID {r["Patient ID"]!r} but picture {name!r}',
+                          'Table and file name must name the same patient.')
         labels = r['Finding Labels'].split('|')
-        if 'No Finding' in labels and len(labels) > 1 or labels == ['']: raise GKError(f'{where}: Finding Labels {r["Finding Labels"]!r}', 'Give findings, or No Finding alone.')
+        if 'No Finding' in labels and len(labels) > 1 or labels == ['']:
+            raise GKError(f'{where}: Finding Labels {r["Finding Labels"]!r}', 'Give findings, or No Finding alone.')
         r['Patient Age'] = re.sub(r'^0*(\d+)Y$', r'\1', r['Patient Age'])            # the 2017 table writes 058Y
         age = number(r, 'Patient Age', table)
-        out[name] = {'subject_id': subject, 'findings': [nih_finding(v, where) for v in labels if v != 'No Finding'], 'age': age if age is not None and age <= 120 else None,   # 2017 has ages such as 412
+        # 2017 has ages such as 412
+        out[name] = {'subject_id': subject, 'findings': [nih_finding(v, where) for v in labels if v != 'No Finding'],
+                     'age': age if age is not None and age <= 120 else None,
                      'sex': r['Patient Gender'] if r['Patient Gender'] in ('M', 'F') else '', 'view': r['View Position']}
     return out
 
@@ -79,26 +87,32 @@ def _index(folder: Path, variant: str) -> dict[str, Path]:
     return {p.name: p for sub in _VARIANTS[variant] if (folder/sub).is_dir() for p in sorted((folder/sub).iterdir()) if p.suffix == '.png'}
 
 def _official_split(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    "{picture name: 'train' or 'test'} of the official lists, {} without `test_list.txt`; without `train_val_list.txt` the rest is for training."
+    """{picture name: 'train' or 'test'} of the official lists, {} without `test_list.txt`; without `train_val_list.txt` the rest is for
+    training."""
     lists = {'test': folder/'test_list.txt', 'train': folder/'train_val_list.txt'}
     if not lists['test'].is_file(): return {}
     named = {split: set(read_text(p).split()) for split, p in lists.items() if p.is_file()}
-    if both := sorted(named['test'] & named.get('train', set())): raise GKError(f'{lists["test"]}: {both[0]!r} and {len(both) - 1} more are also in train_val_list.txt', 'Use the official lists.')
+    if both := sorted(named['test'] & named.get('train', set())):
+        raise GKError(f'{lists["test"]}: {both[0]!r} and {len(both) - 1} more are also in train_val_list.txt', 'Use the official lists.')
     return {n: 'test' if n in named['test'] else 'train' for n in names if n in named['test'] or n in named.get('train', (n,))}
 
+# %% ../../nbs/data/17_nih.ipynb #7478be60
 def load_nih(root: str | Path | None = None, # data root that holds nih_chestxray14/
              variant: str = '64px', # '64px' or 'original'
              bad: str = 'raise', # rows without a picture, and pictures without a row: 'raise' or 'skip'
              boxes: bool = True # read BBox_List_2017.csv
              ) -> list[Study]:
-    "Studies with 14 labels and 'any_finding', entities (+1 only), finding boxes, patient, sex, age and view. Split only if the official lists are there."
+    """Studies with 14 labels and 'any_finding', entities (+1 only), finding boxes, patient, sex, age and view. Split only if the
+    official lists are there."""
     if variant not in _VARIANTS: raise GKError(f'NIH variant {variant!r}', f'Use one of: {", ".join(_VARIANTS)}.')
     folder = data_root(root, ('nih_chestxray14',))/'nih_chestxray14'
     table, files = read_nih_table(folder), _index(folder, variant)
     splits = _official_split(folder, table)
     if not files: raise GKError(f'{folder}: no PNG picture of variant {variant!r}', f'Looked into {", ".join(_VARIANTS[variant][:2])}.')
     if extra := sorted(files.keys() - table.keys()):
-        if bad != 'skip': raise GKError(f'{folder}: {len(extra)} pictures have no row in the label table, first {extra[0]!r}', 'Add their rows, or load with bad="skip".')
+        if bad != 'skip':
+            raise GKError(f'{folder}: {len(extra)} pictures have no row in the label table, first {extra[0]!r}',
+                          'Add their rows, or load with bad="skip".')
         warnings.warn(f'nih ({variant}): left out {len(extra)} of {len(files)} pictures without a row in the label table', stacklevel=2)
     found = read_nih_boxes(folder/'BBox_List_2017.csv') if boxes else {}
     other = {n for v in _VARIANTS if v != variant for n in _index(folder, v)} - files.keys()
@@ -106,6 +120,8 @@ def load_nih(root: str | Path | None = None, # data root that holds nih_chestxra
     for name, row in table.items():
         if name in other: continue
         have = row['findings']
-        studies.append(Study(name, row['subject_id'], files.get(name, folder/_VARIANTS[variant][0]/name), entities={NIH_TO_ENTITY[f]: 1 for f in have}, findings=found.get(name, []),
-                             labels={f: int(f in have) for f in NIH_FINDINGS} | {'any_finding': int(bool(have))}, split=splits.get(name, ''), view=row['view'], sex=row['sex'], age=row['age']))
+        studies.append(Study(name, row['subject_id'], files.get(name, folder/_VARIANTS[variant][0]/name),
+                             entities={NIH_TO_ENTITY[f]: 1 for f in have}, findings=found.get(name, []),
+                             labels={f: int(f in have) for f in NIH_FINDINGS} | {'any_finding': int(bool(have))},
+                             split=splits.get(name, ''), view=row['view'], sex=row['sex'], age=row['age']))
     return keep_pictures(studies, bad, f'nih ({variant})')

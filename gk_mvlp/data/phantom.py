@@ -42,7 +42,8 @@ class PhantomConfig:
     normal: float = .40           # share of studies without any finding
     ap: float = .35               # share of AP (bedside) views; the rest are PA
     women: float = .47            # share of women among patients
-    train_women: float | None = None # the same among training patients; None = no shift. Validation and test stay as they are, byte for byte
+    # the same among training patients; None = no shift. Validation and test stay as they are, byte for byte
+    train_women: float | None = None
     severity: tuple[float, float] = (0., 1.) # range of severities, 0 barely visible, 1 severe
     contrast: float = 1.          # factor on every finding's contrast
     noise: float = 1.             # factor on quantum noise (standard deviation)
@@ -54,10 +55,13 @@ class PhantomConfig:
 
     def __post_init__(self):
         for k in ('two_studies', 'normal', 'ap', 'women', 'train_women', 'label_noise', 'hedging', 'boilerplate'):
-            if getattr(self, k) is not None and not 0 <= getattr(self, k) <= 1: raise GKError(f'PhantomConfig.{k} = {getattr(self, k)!r} is not in 0..1', 'It is a share.')
+            if getattr(self, k) is not None and not 0 <= getattr(self, k) <= 1:
+                raise GKError(f'PhantomConfig.{k} = {getattr(self, k)!r} is not in 0..1', 'It is a share.')
         for k in ('contrast', 'noise', 'clutter'):
-            if not 0 <= getattr(self, k) < 100: raise GKError(f'PhantomConfig.{k} = {getattr(self, k)!r} is negative or not finite', 'Use a factor near 1.')
-        if self.n < 1 or self.size < 32: raise GKError(f'PhantomConfig: n={self.n}, size={self.size}', 'n is at least 1 and size at least 32.')
+            if not 0 <= getattr(self, k) < 100:
+                raise GKError(f'PhantomConfig.{k} = {getattr(self, k)!r} is negative or not finite', 'Use a factor near 1.')
+        if self.n < 1 or self.size < 32:
+            raise GKError(f'PhantomConfig: n={self.n}, size={self.size}', 'n is at least 1 and size at least 32.')
         if self.seed < 0: raise GKError(f'PhantomConfig.seed = {self.seed}', 'Use a seed of 0 or more.')
         object.__setattr__(self, 'severity', tuple(self.severity)); object.__setattr__(self, 'splits', tuple(self.splits))
         lo, hi = self.severity
@@ -82,9 +86,11 @@ def _layout(config: PhantomConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 # %% ../../nbs/data/14_phantom.ipynb #c9d273a5
 SCENARIOS: dict[str, tuple[float, dict[str, float]]] = {
-    'heart failure': (.20, {'cardiomegaly': .85, 'pulmonary edema': .75, 'pleural effusion': .55, 'support device': .25, 'atelectasis': .15}),
+    'heart failure': (.20, {'cardiomegaly': .85, 'pulmonary edema': .75, 'pleural effusion': .55, 'support device': .25,
+                            'atelectasis': .15}),
     'infection': (.22, {'pneumonia': .60, 'consolidation': .40, 'lung opacity': .25, 'pleural effusion': .22}),
-    'intensive care': (.14, {'support device': .95, 'atelectasis': .50, 'pleural effusion': .40, 'lung opacity': .30, 'pneumothorax': .15, 'pulmonary edema': .20}),
+    'intensive care': (.14, {'support device': .95, 'atelectasis': .50, 'pleural effusion': .40, 'lung opacity': .30, 'pneumothorax': .15,
+                             'pulmonary edema': .20}),
     'airways': (.10, {'hyperinflation': .90, 'nodule': .15, 'fibrosis': .12, 'pneumothorax': .12, 'pneumonia': .15}),
     'tumour': (.09, {'mass': .60, 'nodule': .50, 'pleural effusion': .25, 'atelectasis': .20, 'mediastinal widening': .30}),
     'trauma': (.08, {'fracture': .85, 'pneumothorax': .40, 'mediastinal widening': .20, 'pleural effusion': .20}),
@@ -93,16 +99,21 @@ SCENARIOS: dict[str, tuple[float, dict[str, float]]] = {
 
 # %% ../../nbs/data/14_phantom.ipynb #cc0c3df2
 CONTRAST: dict[str, tuple[float, float]] = {     # optical depth added (or, for shapes, the change of shape) at severity 0 and 1
-    'lung opacity': (.16, .55), 'consolidation': (.45, 1.0), 'pneumonia': (.35, .95), 'atelectasis': (.35, .85), 'pulmonary edema': (.03, .30),
-    'pleural effusion': (.55, .95), 'pneumothorax': (.18, .42), 'cardiomegaly': (.025, .13), 'nodule': (.50, 1.05), 'mass': (.35, .85), 'hyperinflation': (.18, .85),
-    'fibrosis': (.30, .85), 'pleural thickening': (.45, 1.0), 'fracture': (.50, 1.1), 'hiatal hernia': (.55, 1.2), 'mediastinal widening': (.005, .026),
+    'lung opacity': (.16, .55), 'consolidation': (.45, 1.0), 'pneumonia': (.35, .95), 'atelectasis': (.35, .85),
+    'pulmonary edema': (.03, .30),
+    'pleural effusion': (.55, .95), 'pneumothorax': (.18, .42), 'cardiomegaly': (.025, .13), 'nodule': (.50, 1.05), 'mass': (.35, .85),
+    'hyperinflation': (.18, .85),
+    'fibrosis': (.30, .85), 'pleural thickening': (.45, 1.0), 'fracture': (.50, 1.1), 'hiatal hernia': (.55, 1.2),
+    'mediastinal widening': (.005, .026),
     'granuloma': (1.0, 2.0), 'support device': (.55, 1.3)}
 
-OPACITY_CHILDREN = ('consolidation', 'pneumonia')   # the rule: who has one of these has the label 'lung opacity' too; no other finding implies another
+# the rule: who has one of these has the label 'lung opacity' too; no other finding implies another
+OPACITY_CHILDREN = ('consolidation', 'pneumonia')
 
 @dataclass
 class Finding:
-    "One thing to draw: where (regions, the first is the main one), how severe (0..1), how the report speaks of it (+1, 0 in doubt, None not at all)."
+    """One thing to draw: where (regions, the first is the main one), how severe (0..1), how the report speaks of it (+1, 0 in doubt,
+    None not at all)."""
     entity: str
     severity: float
     places: tuple[str, ...]
@@ -111,28 +122,35 @@ class Finding:
     shape: np.ndarray = field(default_factory=lambda: np.zeros(6))   # six uniform numbers that fix its form
 
     @property
-    def sides(self) -> tuple[str, ...]: "'right', 'left' of its places."; return tuple(s for s in ('right', 'left') if any(p.startswith(s + ' ') for p in self.places if p != 'right atrium'))
+    def sides(self) -> tuple[str, ...]:
+        "'right', 'left' of its places."
+        return tuple(s for s in ('right', 'left') if any(p.startswith(s + ' ') for p in self.places if p != 'right atrium'))
 
 assert set(CONTRAST) == set(ENTITY_NAMES), 'the phantom can show every entity of the list'
 
 # %% ../../nbs/data/14_phantom.ipynb #dcee6d4c
-_DEVICES = {'endotracheal tube': ('trachea',), 'central venous catheter': ('svc', 'cavoatrial junction'), 'nasogastric tube': ('mediastinum', 'abdomen'),
+_DEVICES = {'endotracheal tube': ('trachea',), 'central venous catheter': ('svc', 'cavoatrial junction'),
+            'nasogastric tube': ('mediastinum', 'abdomen'),
             'pacemaker': ('left upper lung zone', 'cardiac silhouette'), 'chest tube': ()}
-_ZONE_CHANCE = {'pneumonia': (.18, .27, .55), 'consolidation': (.25, .25, .50), 'lung opacity': (.25, .30, .45), 'atelectasis': (0, .15, .85),
-                'nodule': (.45, .30, .25), 'mass': (.45, .30, .25), 'granuloma': (.45, .30, .25), 'fibrosis': (.20, .10, .70), 'fracture': (.25, .45, .30)}
+_ZONE_CHANCE = {'pneumonia': (.18, .27, .55), 'consolidation': (.25, .25, .50), 'lung opacity': (.25, .30, .45),
+                'atelectasis': (0, .15, .85),
+                'nodule': (.45, .30, .25), 'mass': (.45, .30, .25), 'granuloma': (.45, .30, .25), 'fibrosis': (.20, .10, .70),
+                'fracture': (.25, .45, .30)}
 
 def _places(entity: str, kind: str, rng: np.random.Generator) -> tuple[str, ...]:
     side, both = ('right', 'left')[int(rng.random() < .5)], rng.random()
     if entity in _ZONE_CHANCE:
         zone = ('upper', 'mid', 'lower')[int(rng.choice(3, p=_ZONE_CHANCE[entity]))]
-        sides = ('right', 'left') if both < {'fibrosis': .6, 'pneumonia': .2, 'atelectasis': .3, 'lung opacity': .2}.get(entity, 0) else (side,)
+        sides = (('right', 'left') if both < {'fibrosis': .6, 'pneumonia': .2, 'atelectasis': .3, 'lung opacity': .2}.get(entity, 0)
+                 else (side,))
         return tuple(f'{s} {zone} lung zone' for s in sides)
     if entity == 'pleural effusion': return tuple(f'{s} costophrenic angle' for s in (('right', 'left') if both < .35 else (side,)))
     if entity in ('pneumothorax', 'pleural thickening'): return (f'{side} apical zone',)
     if entity == 'pulmonary edema': return ('right hilar structures', 'left hilar structures')
     if entity == 'hyperinflation': return ('right lung', 'left lung')
     if entity == 'support device': return _DEVICES[kind] or (f'{side} lung',)
-    return {'cardiomegaly': ('cardiac silhouette',), 'mediastinal widening': ('upper mediastinum', 'mediastinum'), 'hiatal hernia': ('mediastinum', 'cardiac silhouette')}[entity]
+    return {'cardiomegaly': ('cardiac silhouette',), 'mediastinal widening': ('upper mediastinum', 'mediastinum'),
+            'hiatal hernia': ('mediastinum', 'cardiac silhouette')}[entity]
 
 # %% ../../nbs/data/14_phantom.ipynb #633e4fc9
 def _draw_findings(config: PhantomConfig, rng: np.random.Generator, ap: bool) -> list[Finding]:
@@ -143,7 +161,8 @@ def _draw_findings(config: PhantomConfig, rng: np.random.Generator, ap: bool) ->
     chances = SCENARIOS[names[int(rng.choice(len(names), p=weight / weight.sum()))]][1]
     chosen = [e for e in ENTITY_NAMES if rng.random() < chances.get(e, .004)]
     if not chosen: chosen = [max(chances, key=chances.get)] if chances else [ENTITY_NAMES[int(rng.integers(len(ENTITY_NAMES)))]]
-    if 'hyperinflation' in chosen: chosen = [e for e in chosen if e not in ('cardiomegaly', 'pulmonary edema')]   # they pull the shape both ways
+    # they pull the shape both ways
+    if 'hyperinflation' in chosen: chosen = [e for e in chosen if e not in ('cardiomegaly', 'pulmonary edema')]
     out, (lo, hi) = [], config.severity
     for e in chosen:
         kinds = list(rng.permutation(list(_DEVICES))[:1 + int(rng.random() < .3)]) if e == 'support device' else ['']
@@ -178,7 +197,8 @@ def _effect(findings: list[Finding], entity: str) -> float:
     return 0. if f is None else float(np.interp(f.severity, (0, 1), CONTRAST[entity]))
 
 # %% ../../nbs/data/14_phantom.ipynb #71151771
-def _draw_body(p: np.random.Generator, s: np.random.Generator, ap: bool, visit: int, findings: list[Finding], contrast: float = 1., women: float = .47) -> Body:
+def _draw_body(p: np.random.Generator, s: np.random.Generator, ap: bool, visit: int, findings: list[Finding], contrast: float = 1.,
+               women: float = .47) -> Body:
     "Anatomy from the patient's stream `p`, position and breath from the study's stream `s`, changed by findings of shape."
     sex = 'FM'[int(p.random() < 1 - women)]; age = int(np.clip(p.normal(57, 17), 18, 92)) + visit
     habitus = ('thin', 'average', 'large')[int(p.choice(3, p=(.22, .5, .28)))]; h = {'thin': -1, 'average': 0, 'large': 1}[habitus]
@@ -195,11 +215,15 @@ def _draw_body(p: np.random.Generator, s: np.random.Generator, ap: bool, visit: 
         if f.entity == 'atelectasis':
             for side in f.sides: domes[side] -= .035 * f.severity * contrast
     ctr = min(ctr, .498) * (1 - .08 * over) * (1.07 if ap else 1.) + _effect(findings, 'cardiomegaly') * contrast
-    return Body(sex, age, habitus, 'AP' if ap else 'PA', 'good' if deep > -.012 else 'moderate' if deep > -.045 else 'poor', float(W), float(apex), domes,
-                float(np.clip(drop, .07, .13) * (1 - .62 * over)), float(ctr), float(max(.034, med * (1.12 if ap else 1.) + s.normal(0, .004)) + _effect(findings, 'mediastinal widening') * contrast),
-                float(carina), float(max(aorta, .022)), .02 + .028 * (h + 1) + float(p.uniform(0, .02)), float(breast), float(ribs), float(rib0), bone,
+    return Body(sex, age, habitus, 'AP' if ap else 'PA', 'good' if deep > -.012 else 'moderate' if deep > -.045 else 'poor', float(W),
+                float(apex), domes,
+                float(np.clip(drop, .07, .13) * (1 - .62 * over)), float(ctr),
+                float(max(.034, med * (1.12 if ap else 1.) + s.normal(0, .004)) + _effect(findings, 'mediastinal widening') * contrast),
+                float(carina), float(max(aorta, .022)), .02 + .028 * (h + 1) + float(p.uniform(0, .02)), float(breast), float(ribs),
+                float(rib0), bone,
                 float(np.clip(1.0 + s.normal(0, .05) + .16 * over, .8, 1.3)), float(p.uniform(.3, 1.)),
-                float(np.deg2rad(s.normal(0, 1.4 + .8 * ap))), float(s.normal(0, .012)), float(s.normal(0, .010)), float(s.normal(.985, .025)),
+                float(np.deg2rad(s.normal(0, 1.4 + .8 * ap))), float(s.normal(0, .012)), float(s.normal(0, .010)),
+                float(s.normal(.985, .025)),
                 tuple(float(v) for v in np.where(s.random(4) < .25, s.uniform(.005, .045, 4), 0)))
 
 # %% ../../nbs/data/14_phantom.ipynb #1c433cba
@@ -209,7 +233,10 @@ def _ramp(d: np.ndarray, w: float = .012) -> np.ndarray:
     np.maximum(out, 0., out=out); np.minimum(out, 1., out=out)
     return out
 
-def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray: "sqrt(x^2 + y^2), four times as fast as hypot here."; d = x * x + y * y; return np.sqrt(d, out=d)
+def _distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    "sqrt(x^2 + y^2), four times as fast as hypot here."
+    d = x * x + y * y
+    return np.sqrt(d, out=d)
 
 # %% ../../nbs/data/14_phantom.ipynb #0e8a73f4
 @lru_cache(maxsize=64)
@@ -223,7 +250,8 @@ def _upsample(m: int, n: int) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _blur(sigma: float, n: int, m: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    "([m, n], [n, m]): average n pixels to m cells; a Gaussian of `sigma` picture widths over the cells, interpolated to n. For sigma >= 1/m."
+    """([m, n], [n, m]): average n pixels to m cells; a Gaussian of `sigma` picture widths over the cells, interpolated to n. For sigma
+    >= 1/m."""
     edge = np.linspace(0, n, m + 1); i = np.arange(n)
     pool = np.clip(np.minimum(i + 1, edge[1:, None]) - np.maximum(i, edge[:-1, None]), 0, None) * m / n
     t = (np.arange(m) + .5) / m
@@ -244,7 +272,8 @@ class Canvas:
 
     def to_picture(self, points: Iterable[tuple[float, float]]) -> np.ndarray:
         "[P, 2] picture fractions of points in body coordinates."
-        p = np.array(points if isinstance(points, (list, tuple, np.ndarray)) else list(points), float); p[:, 1] -= .5; b, c, s = self.body, self.cos, self.sin
+        p = np.array(points if isinstance(points, (list, tuple, np.ndarray)) else list(points), float); p[:, 1] -= .5
+        b, c, s = self.body, self.cos, self.sin
         return np.stack([c * p[:, 0] - s * p[:, 1] + .5 + b.dx, s * p[:, 0] + c * p[:, 1] + .5 + b.dy], 1)
 
     def noise(self, m: int) -> np.ndarray:
@@ -253,14 +282,17 @@ class Canvas:
         z *= 2.1
         return z
 
-    def window(self, x0: float | None = None, x1: float | None = None, y0: float | None = None, y1: float | None = None) -> tuple[slice, slice]:
+    def window(self, x0: float | None = None, x1: float | None = None, y0: float | None = None, y1: float | None = None) -> tuple[slice,
+            slice]:
         "Rows and columns of all pixels with x0 < x < x1 and y0 < y < y1 in body coordinates (and, as the body leans, of a few more)."
         def span(a, b, lo, hi):                                                          # x grows along a row, y down a column
-            return slice(None if lo is None else int(np.maximum(a, b).searchsorted(lo)), None if hi is None else int(np.minimum(a, b).searchsorted(hi, 'right')))
+            return slice(None if lo is None else int(np.maximum(a, b).searchsorted(lo)),
+                         None if hi is None else int(np.minimum(a, b).searchsorted(hi, 'right')))
         return span(self.y[:, 0], self.y[:, -1], y0, y1), span(self.x[0], self.x[-1], x0, x1)
 
     def bands(self, pixels: int = 32768) -> Iterable[tuple[slice, 'Canvas']]:
-        "(rows, canvas of these rows alone), top to bottom. A layer of a band stays in the processor's cache; whole pictures of 512 pixels would go to memory and back for every term."
+        """(rows, canvas of these rows alone), top to bottom. A layer of a band stays in the processor's cache; whole pictures of 512
+        pixels would go to memory and back for every term."""
         step = max(1, pixels // self.n)
         for rows in (slice(k, k + step) for k in range(0, self.n, step)):
             band = copy.copy(self)
@@ -280,7 +312,8 @@ def _floor(b: Body, side: str, r: np.ndarray) -> np.ndarray:
     return b.dome[side] + b.drop * np.where(q > 0, q2 * (.75 + .25 * q2 * q2), .32 * q2)
 
 def _lungs(c: Canvas) -> None:
-    "Layers `lung[side]` (0..1), `depth` (0..1, relative length of the beam in air), `outer`, `q` (0 midline, 1 rib cage), `edge` (distance to the chest wall)."
+    """Layers `lung[side]` (0..1), `depth` (0..1, relative length of the beam in air), `outer`, `q` (0 midline, 1 rib cage), `edge`
+    (distance to the chest wall)."""
     b = c.body
     knots = np.linspace(-.3, 1.3, 400)
     c.outer = np.interp(c.y, knots, _outer(b, knots)); c.q = np.minimum(c.r / np.maximum(c.outer, .03), 1.5)
@@ -309,7 +342,8 @@ def _heart(c: Canvas) -> None:
     "Layer `heart` (0..1) and its thickness `heart_depth`."
     b = c.body; width = 2 * b.W * b.heart; k = width / .34; low = b.dome['right']
     left, right = .71 * width, .29 * width
-    parts = [(-right + .090 * k, low - .080, .090 * k, .135), (left - .157 * k, low - .052, .176 * k, .122 * k ** .5, .50), (.030, low - .155, .086 * k ** .7, .15)]
+    parts = [(-right + .090 * k, low - .080, .090 * k, .135), (left - .157 * k, low - .052, .176 * k, .122 * k ** .5, .50),
+             (.030, low - .155, .086 * k ** .7, .15)]
     w = _around(c, parts)
     f = np.maximum.reduce([_ellipse(c, *e, at=w) for e in parts])
     c.heart, c.heart_depth = np.zeros_like(c.x), np.zeros_like(c.x)
@@ -354,13 +388,15 @@ def _bones(c: Canvas, fracture: Finding | None = None, amount: float = 0.) -> np
     bones[w] += .30 * spine + .14 * pedicle
     w = c.window(y0=b.apex - .03, y1=b.apex + .13); r, y = c.r[w], c.y[w]
     s = (r - .03) / .31
-    clavicle = _ramp(.0125 - np.abs(y - (b.apex + .078 - .055 * s + .016 * np.sin(2 * np.pi * s))), .010) * _ramp(s, .06) * _ramp(1.05 - s, .06)
+    clavicle = _ramp(.0125 - np.abs(y - (b.apex + .078 - .055 * s + .016 * np.sin(2 * np.pi * s))), .010) * _ramp(s, .06) * _ramp(1.05 - s,
+        .06)
     c.clavicle = np.zeros_like(c.x); c.clavicle[w] = clavicle
     top = c.window(y1=.51); shoulder = .36 * c.clavicle[top]
     for w in (c.window(x1=.09 - b.W, y1=.51), c.window(x0=b.W - .09, y1=.51)):             # scapulae and humeral heads lie along the edges
         r, y = c.r[w], c.y[w]
         blade = b.W - .015 - .035 * (b.view == 'AP') + .11 * (y - .16)
-        scapula = _ramp(y - .14, .04) * (.15 * _ramp(.008 - np.abs(r - blade), .016) * _ramp(.44 - y, .1) + .10 * _ramp(r - blade, .05) * _ramp(blade + .09 - r, .05) * _ramp(.40 - y, .2))
+        scapula = _ramp(y - .14, .04) * (.15 * _ramp(.008 - np.abs(r - blade), .016) * _ramp(.44 - y, .1)
+                                         + .10 * _ramp(r - blade, .05) * _ramp(blade + .09 - r, .05) * _ramp(.40 - y, .2))
         shoulder[w] = scapula + (shoulder[w] + .35 * _ramp(.045 - _distance(r - b.W - .09, y - b.apex - .055), .03))
     bones[top] += shoulder
     bones *= b.bone
@@ -381,16 +417,18 @@ def _break_ribs(c: Canvas, f: Finding, amount: float) -> tuple[np.ndarray, np.nd
     return c.rib_phase + step, here * _ramp(.035 - near, .03) * min(1., 1.4 * amount)
 
 # %% ../../nbs/data/14_phantom.ipynb #d4e889fd
-_BRANCHES = ((7, .00, .0052, 1.), (13, .07, .0036, .75), (22, .13, .0026, .55))           # vessels, their start, width and strength, from the hilum outwards
+# vessels, their start, width and strength, from the hilum outwards
+_BRANCHES = ((7, .00, .0052, 1.), (13, .07, .0036, .75), (22, .13, .0026, .55))
 
 def _draw_texture(c: Canvas) -> None:
-    "All that chance adds to the healthy chest: smooth noises `grain`, vessels' angles and strengths `fans`, their fullness. What follows is formulas."
+    """All that chance adds to the healthy chest: smooth noises `grain`, vessels' angles and strengths `fans`, their fullness. What
+    follows is formulas."""
     def mix(a, m, b, n): x, y = c.noise(m), c.noise(n); x *= a; y *= b; x += y; return x
     c.grain['wobble'] = mix(.17, 8, .05, 16)
     def fan(count): return np.sort(np.linspace(-1.75, 1.9, count) + c.rng.uniform(-.14, .14, count)), c.rng.uniform(.4, 1., count)
     c.fans = {side: [fan(count) for count, *_ in _BRANCHES] for side in ('right', 'left')}
     c.grain['tissue'] = c.noise(7); c.grain['tissue'] *= .035 * c.clutter; c.grain['tissue'] += 1
-    c.full = np.clip(1 + .30 * c.clutter * c.rng.standard_normal(), .4, 1.9)               # vessels differ in fullness without being diseased
+    c.full = np.clip(1 + .30 * c.clutter * c.rng.standard_normal(), .4, 1.9)  # vessels differ in fullness without being diseased
     c.grain['bowel'] = c.noise(9); c.grain['bowel'] *= .10 * c.clutter
     c.grain['lung'] = mix(.030, 24, .018, 48)
 
@@ -405,7 +443,8 @@ def _vessels(c: Canvas) -> None:
         total = np.zeros_like(rho)
         for (_, start, width, gain), (angle, power) in zip(_BRANCHES, c.fans[side]):
             edges = (angle[1:] + angle[:-1]) / 2; k = np.searchsorted(edges, theta)
-            total += gain * power[k] * np.exp(-.5 * (np.sin(np.clip(theta - angle[k], -1.5, 1.5)) * rho / width) ** 2) * _ramp(rho - start, .05)
+            total += gain * power[k] * np.exp(-.5 * (np.sin(np.clip(theta - angle[k], -1.5, 1.5)) * rho / width) ** 2) * _ramp(rho - start,
+                .05)
         out[half] = total * np.exp(-rho / .20)
     c.vessel = out * (c.lung['right'] + c.lung['left'])
 
@@ -444,25 +483,29 @@ def _depth(c: Canvas, fracture: Finding | None, amount: float) -> np.ndarray:
     b = c.body
     _lungs(c); _heart(c); _vessels(c)
     D = _soft_tissue(c); D *= c.grain['tissue']
-    c.air = 1.62 * b.air * c.depth * (1 - .88 * c.heart_depth)                            # what the lung takes away, and what fluid can give back
+    c.air = 1.62 * b.air * c.depth * (1 - .88 * c.heart_depth)  # what the lung takes away, and what fluid can give back
     organs = .50 * c.heart_depth; organs -= c.air
     w = c.window(-b.med - .04, b.med + .04, .01); organs[w] += .34 * (_ramp(b.med + .012 - c.r[w], .040) * _ramp(c.y[w] - .12, .2))
     D += organs
     knob = (b.med + .2 * b.aorta - .012, b.carina - .040, b.aorta + .006, b.aorta + .010); w = _around(c, [knob])
     aorta = np.zeros_like(D); aorta[w] = .55 * np.sqrt(np.maximum(_ellipse(c, *knob, at=w), 0))
-    w = c.window(b.med - .05, b.med + .03, b.carina - .06); aorta[w] += .20 * (_ramp(.020 - np.abs(c.x[w] - b.med + .014), .014) * _ramp(c.y[w] - b.carina + .03, .04))
+    w = c.window(b.med - .05, b.med + .03, b.carina - .06)
+    aorta[w] += .20 * (_ramp(.020 - np.abs(c.x[w] - b.med + .014), .014) * _ramp(c.y[w] - b.carina + .03, .04))
     D += aorta
     w, air = _airways(c); D[w] -= .44 * air
     hx = {s: np.exp(-.5 * (((c.x - x) / .026) ** 2 + ((c.y - y) / .042) ** 2)) for s, (x, y) in c.hilum.items()}
     D += .40 * c.full * (hx['right'] + hx['left']) + .40 * c.full * c.vessel
     D += _bones(c, fracture, amount)
-    w = c.window(y0=min(b.dome.values()) - .02); x, below = c.x[w], _ramp(c.y[w] - c.floor[w], .012)   # abdomen: the liver is denser than the bowel
+    # abdomen: the liver is denser than the bowel
+    w = c.window(y0=min(b.dome.values()) - .02); x, below = c.x[w], _ramp(c.y[w] - c.floor[w], .012)
     D[w] += below * (.22 * _ramp(.02 - x, .10) + c.grain['bowel'][w] * (x > -.02))
-    gas = np.sqrt(np.maximum(_ellipse(c, .17, b.dome['left'] + .055, .055 + .025 * b.bubble, .030 + .022 * b.bubble, -.25, at=w), 0)) * below
+    gas = np.sqrt(np.maximum(_ellipse(c, .17, b.dome['left'] + .055, .055 + .025 * b.bubble, .030 + .022 * b.bubble, -.25, at=w),
+                             0)) * below
     D[w] -= 1.0 * b.bubble * gas
     D += (c.lung['right'] + c.lung['left']) * c.clutter * c.grain['lung']
     return np.maximum(D, 0., out=D)
 
+# %% ../../nbs/data/14_phantom.ipynb #0814b73d
 _LAYERS = ('q', 'edge', 'heart', 'vessel', 'air', 'rib_phase', 'clavicle')                  # what findings and boxes read, besides `lung`
 
 def _compose(c: Canvas, fracture: Finding | None = None, amount: float = 0.) -> np.ndarray:
@@ -519,7 +562,8 @@ def _atelectasis(c: Canvas, f: Finding, a: float) -> np.ndarray:
     for p in f.places:
         x, y = _spot(c, f, p); y = min(y + .06, float(_floor(c.body, p.split()[0], np.array(abs(x)))) - .03) if 'lower' in p else y
         for k in range(1 + int(2.2 * f.severity)):
-            g = _ellipse(c, x, y - .032 * k, .060 + .05 * f.severity, .008 + .012 * f.severity, (f.shape[2] - .5) * (1 if x < 0 else -1) + .12 * k)
+            g = _ellipse(c, x, y - .032 * k, .060 + .05 * f.severity, .008 + .012 * f.severity,
+                         (f.shape[2] - .5) * (1 if x < 0 else -1) + .12 * k)
             out = np.maximum(out, _ramp(g, .8) * c.lung[p.split()[0]])
     return out * a * np.clip(c.air, 0, 1)
 
@@ -527,13 +571,14 @@ def _atelectasis(c: Canvas, f: Finding, a: float) -> np.ndarray:
 def _edema(c: Canvas, f: Finding, a: float) -> np.ndarray:
     g = sum(np.exp(-.5 * (((c.x - 1.55 * x) / .105) ** 2 + ((c.y - y - .06) / .15) ** 2)) for x, y in c.hilum.values())
     lines = _ramp(np.sin(2 * np.pi * c.y / .024 + 1.5 * c.noise(8)) - .72, .3) * _ramp(c.q - .82, .06) * _ramp(c.y - .55, .1)
-    return (c.lung['right'] + c.lung['left']) * a * (g * (1 + .25 * c.noise(20)) * np.clip(c.air, 0, 1.2) + .45 * c.vessel * (1 + g) + .45 * lines)
+    return (c.lung['right'] + c.lung['left']) * a * (g * (1 + .25 * c.noise(20)) * np.clip(c.air, 0, 1.2) + .45 * c.vessel * (1 + g)
+                                                     + .45 * lines)
 
 def _effusion(c: Canvas, f: Finding, a: float) -> np.ndarray:
     b, out = c.body, np.zeros_like(c.x)
     for i, p in enumerate(f.places):
         side = p.split()[0]; sev = f.severity * (1 if i == 0 else .35 + .65 * f.shape[3])
-        level = b.dome[side] + b.drop - .022 - .30 * sev ** 1.3                           # height of the fluid, rising along the wall: the meniscus
+        level = b.dome[side] + b.drop - .022 - .30 * sev ** 1.3  # height of the fluid, rising along the wall: the meniscus
         fluid = _ramp(c.y - level + (.050 + .05 * sev) * np.clip((c.q - .62) / .38, 0, 1.1) ** 2.5, .022 + .05 * sev) * c.lung[side]
         veil = (.16 * sev * c.lung[side]) * (b.view == 'AP')                              # lying patients: fluid spreads behind the lung
         out += np.maximum(fluid, veil)
@@ -544,7 +589,8 @@ def _pneumothorax(c: Canvas, f: Finding, a: float) -> np.ndarray:
     inside = c.edge - w * _ramp(low - c.y, .30)
     free = _ramp(-inside, .008) * c.lung[side]
     line = _ramp(.004 - np.abs(inside), .008) * c.lung[side] * _ramp(low - c.y, .15)
-    return -a * free * (.5 + .5 * _ramp(c.edge, .03)) - min(.42, 2 * a) * c.vessel * free + .55 * a * line + .3 * a * f.severity * c.lung[side] * (1 - free)
+    return (-a * free * (.5 + .5 * _ramp(c.edge, .03)) - min(.42, 2 * a) * c.vessel * free + .55 * a * line
+            + .3 * a * f.severity * c.lung[side] * (1 - free))
 
 def _nodule(c: Canvas, f: Finding, a: float) -> np.ndarray:
     out = np.zeros_like(c.x)
@@ -555,7 +601,8 @@ def _nodule(c: Canvas, f: Finding, a: float) -> np.ndarray:
 
 def _mass(c: Canvas, f: Finding, a: float) -> np.ndarray:
     x, y = _spot(c, f, f.places[0]); rad = .042 + .040 * f.shape[4]; side = f.places[0].split()[0]
-    g = np.maximum(_ellipse(c, x, y, rad, .9 * rad), _ellipse(c, x + .5 * rad * (f.shape[3] - .5), y + .55 * rad, .7 * rad, .65 * rad)) + .10 * c.noise(18)
+    g = (np.maximum(_ellipse(c, x, y, rad, .9 * rad), _ellipse(c, x + .5 * rad * (f.shape[3] - .5), y + .55 * rad, .7 * rad, .65 * rad))
+         + .10 * c.noise(18))
     return a * np.clip(g, 0, 1) ** .45 * np.maximum(c.lung[side], .4)
 
 # %% ../../nbs/data/14_phantom.ipynb #df9953fd
@@ -572,7 +619,7 @@ def _thickening(c: Canvas, f: Finding, a: float) -> np.ndarray:
     return a * _ramp(w * (1 + .3 * c.noise(16)) - c.edge, .012) * _ramp(low - c.y, .06) * c.lung[f.sides[0]]
 
 def _fracture(c: Canvas, f: Finding, a: float) -> np.ndarray:
-    x, y, count = c.break_at                                                             # the step is in the ribs; here the callus and the bruise around it
+    x, y, count = c.break_at  # the step is in the ribs; here the callus and the bruise around it
     near = np.exp(-.5 * (((c.x - x) / .030) ** 2 + ((c.y - y) / (.022 * count + .012)) ** 2))
     return a * near * (.30 * c.lung[f.sides[0]] + .30 * _rib_profile(c.rib_phase, .62))
 
@@ -597,44 +644,55 @@ def _line(c: Canvas, points: list[tuple[float, float]], width: float) -> np.ndar
     w = max(width, .55 / c.n); out = np.zeros_like(c.x)
     corners = c.to_picture(p)
     for (a, b), (u, v) in zip(zip(p[:-1], p[1:]), zip(corners[:-1], corners[1:])):
-        lo = np.clip(((np.minimum(u, v) - 4 * w) * c.n).astype(int), 0, c.n); hi = np.clip(((np.maximum(u, v) + 4 * w) * c.n).astype(int) + 1, 0, c.n)
+        lo = np.clip(((np.minimum(u, v) - 4 * w) * c.n).astype(int), 0, c.n)
+        hi = np.clip(((np.maximum(u, v) + 4 * w) * c.n).astype(int) + 1, 0, c.n)
         s = np.s_[lo[1]:hi[1], lo[0]:hi[0]]
         X, Y, (dx, dy) = c.x[s] - a[0], c.y[s] - a[1], b - a
         t = np.clip((X * dx + Y * dy) / (dx * dx + dy * dy + 1e-12), 0, 1)
         out[s] = np.maximum(out[s], np.exp(-.5 * ((X - t * dx) ** 2 + (Y - t * dy) ** 2) / w ** 2))
     return out
 
+# %% ../../nbs/data/14_phantom.ipynb #74705f76
 def _device(c: Canvas, f: Finding, a: float) -> np.ndarray:
     b, (u, v) = c.body, f.shape[:2] - .5
     if f.kind == 'endotracheal tube': return a * _line(c, [(.005 + .02 * u, -.02), (-.004, .12), (-.006, b.carina - .055 + .05 * v)], .0050)
-    if f.kind == 'nasogastric tube': return .9 * a * _line(c, [(.012, -.02), (.012 + .01 * u, .25), (.025, .55), (.035, b.dome['left'] + .01), (.10, b.dome['left'] + .07), (.17 + .05 * v, b.dome['left'] + .10)], .0036)
+    if f.kind == 'nasogastric tube':
+        return .9 * a * _line(c, [(.012, -.02), (.012 + .01 * u, .25), (.025, .55), (.035, b.dome['left'] + .01),
+                                  (.10, b.dome['left'] + .07), (.17 + .05 * v, b.dome['left'] + .10)], .0036)
     if f.kind == 'central venous catheter':
         tip = b.carina + .10 + .07 * v
         start = [(-.10, -.01), (-.075, .10)] if u < 0 else [(-.33, .135), (-.22, .155), (-.10, .185)]
         return a * _line(c, start + [(-b.med + .004, .24), (-b.med + .008, tip)], .0036)
     if f.kind == 'chest tube':
         sign = -1 if f.sides[0] == 'right' else 1
-        return a * _line(c, [(sign * (b.W + .10), .70), (sign * (b.W - .05), .58 + .06 * u), (sign * .26, .40), (sign * (.19 + .04 * v), b.apex + .09)], .0055)
+        return a * _line(c, [(sign * (b.W + .10), .70), (sign * (b.W - .05), .58 + .06 * u), (sign * .26, .40),
+                             (sign * (.19 + .04 * v), b.apex + .09)], .0055)
     x, y = .285 + .03 * u, .215 + .03 * v                                                # pacemaker: generator and two leads
     box = _ramp(1 - ((c.x - x) / .042) ** 4 - ((c.y - y) / .036) ** 4, .3)
-    leads = np.maximum(_line(c, [(x - .02, y - .03), (.20, .165), (.05, .20), (-b.med + .01, .28), (-b.med, .50), (.02, b.dome['right'] - .05), (.13, b.dome['right'] - .02)], .0032),
-                       _line(c, [(x - .02, y - .02), (.19, .172), (.05, .207), (-b.med + .016, .30), (-b.med - .01, .47), (-.05, .56)], .0032))
+    leads = np.maximum(_line(c, [(x - .02, y - .03), (.20, .165), (.05, .20), (-b.med + .01, .28), (-b.med, .50),
+                                 (.02, b.dome['right'] - .05), (.13, b.dome['right'] - .02)], .0032),
+                       _line(c, [(x - .02, y - .02), (.19, .172), (.05, .207), (-b.med + .016, .30), (-b.med - .01, .47), (-.05, .56)],
+                             .0032))
     return np.maximum(1.5 * a * box, .9 * a * leads)
 
-_PAINT: dict[str, Callable] = {'lung opacity': _opacity, 'consolidation': _consolidation, 'pneumonia': _pneumonia, 'atelectasis': _atelectasis, 'pulmonary edema': _edema,
-    'pleural effusion': _effusion, 'pneumothorax': _pneumothorax, 'nodule': _nodule, 'mass': _mass, 'fibrosis': _fibrosis, 'pleural thickening': _thickening,
+_PAINT: dict[str, Callable] = {'lung opacity': _opacity, 'consolidation': _consolidation, 'pneumonia': _pneumonia,
+                               'atelectasis': _atelectasis, 'pulmonary edema': _edema,
+    'pleural effusion': _effusion, 'pneumothorax': _pneumothorax, 'nodule': _nodule, 'mass': _mass, 'fibrosis': _fibrosis,
+    'pleural thickening': _thickening,
     'fracture': _fracture, 'hiatal hernia': _hernia, 'granuloma': _granuloma, 'support device': _device}
 
 # %% ../../nbs/data/14_phantom.ipynb #d88faa21
 def _expose(c: Canvas, D: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
     "[n, n] optical depth as the detector measures it: scatter, blur, quantum noise."
     b = c.body
-    scatter = {'thin': .16, 'average': .22, 'large': .30}[b.habitus] + .05 * (b.view == 'AP'); photons = {'thin': 30e3, 'average': 22e3, 'large': 14e3}[b.habitus]
+    scatter = {'thin': .16, 'average': .22, 'large': .30}[b.habitus] + .05 * (b.view == 'AP')
+    photons = {'thin': 30e3, 'average': 22e3, 'large': 14e3}[b.habitus]
     I = np.negative(D); np.exp(I, out=I); pool, spread = _blur(.055, c.n)
     blurred = spread @ (pool @ I @ pool.T) @ spread.T; blurred *= scatter * .8; I *= 1 - scatter; I += blurred
     gaussian_filter(I, (.0032 + .0012 * (b.view == 'AP')) * c.n, mode='nearest', truncate=3, output=I)   # focal spot and detector
-    grains = np.divide(I, photons, out=blurred); np.sqrt(grains, out=grains); grains *= noise; grains *= rng.standard_normal(I.shape); grains *= (c.n / 128) ** .5
-    I += grains                                                                          # smaller pixels catch fewer photons; exposure makes up for half of it
+    grains = np.divide(I, photons, out=blurred); np.sqrt(grains, out=grains); grains *= noise; grains *= rng.standard_normal(I.shape)
+    grains *= (c.n / 128) ** .5
+    I += grains  # smaller pixels catch fewer photons; exposure makes up for half of it
     np.maximum(I, 2e-3, out=I)
     return np.negative(np.log(I, out=I), out=I)
 
@@ -658,10 +716,12 @@ class Rendering:
 
 @lru_cache(maxsize=1)
 def _keep_memory() -> None:
-    "Allocates and frees 31 MB, once: glibc then keeps freed blocks for the next layers instead of handing them back to the system, which costs a quarter of the time at 512 pixels (mallopt(3): `M_MMAP_THRESHOLD` adapts, up to 32 MB)."
+    """Allocates and frees 31 MB, once: glibc then keeps freed blocks for the next layers instead of handing them back to the system,
+    which costs a quarter of the time at 512 pixels (mallopt(3): `M_MMAP_THRESHOLD` adapts, up to 32 MB)."""
     np.empty(31 << 20, np.uint8)
 
-def render(body: Body, findings: list[Finding], size: int, rng: np.random.Generator, noise: float = 1., clutter: float = 1., contrast: float = 1.) -> Rendering:
+def render(body: Body, findings: list[Finding], size: int, rng: np.random.Generator, noise: float = 1., clutter: float = 1.,
+           contrast: float = 1.) -> Rendering:
     "Draw `findings` into `body`: optical depths add up, then the film is exposed. Findings of shape are already in `body`."
     _keep_memory()
     film = np.random.default_rng(int(rng.integers(2 ** 62)))             # its own stream: a finding does not change the noise elsewhere
@@ -681,7 +741,8 @@ def _clip(x0: float, y0: float, x1: float, y1: float, least: float = .012) -> Bo
     "A box inside 0..1 that is at least `least` wide and high; rounded to 4 digits."
     def axis(a, b):
         a, b = min(max(a, 0.), 1 - least), min(max(b, 0.), 1.)
-        return (a, b) if b - a >= least else (max(0., min((a + b - least) / 2, 1 - least)), max(0., min((a + b - least) / 2, 1 - least)) + least)
+        return ((a, b) if b - a >= least
+                else (max(0., min((a + b - least) / 2, 1 - least)), max(0., min((a + b - least) / 2, 1 - least)) + least))
     (x0, x1), (y0, y1) = axis(x0, x1), axis(y0, y1)
     return tuple(round(float(v), 4) for v in (x0, y0, x1, y1))
 
@@ -699,7 +760,8 @@ def _points_box(c: Canvas, *corners: tuple[float, float]) -> Box:
 def _rect(c: Canvas, x0: float, y0: float, x1: float, y1: float) -> Box:
     "Box in the picture of a rectangle given in body coordinates (it turns with the body)."
     k, s, b = c.cos, c.sin, c.body
-    xs = [k * x - s * (y - .5) + .5 + b.dx for x in (x0, x1) for y in (y0, y1)]; ys = [s * x + k * (y - .5) + .5 + b.dy for x in (x0, x1) for y in (y0, y1)]
+    xs = [k * x - s * (y - .5) + .5 + b.dx for x in (x0, x1) for y in (y0, y1)]
+    ys = [s * x + k * (y - .5) + .5 + b.dy for x in (x0, x1) for y in (y0, y1)]
     return _clip(min(xs), min(ys), max(xs), max(ys))
 
 # %% ../../nbs/data/14_phantom.ipynb #7e0e06c0
@@ -710,8 +772,10 @@ def _side_boxes(c: Canvas, side: str, sign: int) -> dict[str, Box]:
     w = float(_outer(b, np.array(low - .03)))
     r = np.linspace(.8 * b.med + .02, w, 24); edge = _floor(b, side, r); keep = edge < b.dome[side] + .85 * b.drop
     upper, lower = c.y < b.apex + third, c.y >= b.apex + 2 * third
-    out = {'lung': _mask_box(lung), 'upper lung zone': _mask_box(lung & upper), 'mid lung zone': _mask_box(lung & ~upper & ~lower), 'lower lung zone': _mask_box(lung & lower),
-           'hilar structures': _rect(c, hx - .048, hy - .075, hx + .048, hy + .075), 'apical zone': _mask_box(lung & (c.y < b.apex + .42 * third)),
+    out = {'lung': _mask_box(lung), 'upper lung zone': _mask_box(lung & upper), 'mid lung zone': _mask_box(lung & ~upper & ~lower),
+           'lower lung zone': _mask_box(lung & lower),
+           'hilar structures': _rect(c, hx - .048, hy - .075, hx + .048, hy + .075),
+           'apical zone': _mask_box(lung & (c.y < b.apex + .42 * third)),
            'costophrenic angle': _rect(c, sign * (w - .085), low - .085, sign * w, low + .012),
            'hemidiaphragm': _points_box(c, *zip(sign * r[keep], edge[keep] - .006), *zip(sign * r[keep], edge[keep] + .010)),
            'clavicle': _mask_box((c.clavicle > .5) & (c.left if sign > 0 else ~c.left))}
@@ -727,15 +791,20 @@ def _midline_boxes(c: Canvas) -> dict[str, Box]:
     "Regions without a twin."
     b = c.body; heart = _mask_box(c.heart > .5); top = c.body.dome['right'] - .165 - .11
     width = 2 * b.W * b.heart; ra = .29 * width; m = b.med + .008
-    return {'trachea': _rect(c, -.028, .0, .016, b.carina + .01), 'spine': _rect(c, -.045, .02, .045, .99), 'carina': _rect(c, -.042, b.carina - .022, .032, b.carina + .036),
-            'aortic arch': _rect(c, b.med - .035 - .6 * b.aorta, b.carina - .052 - b.aorta, b.med + 1.2 * b.aorta - .004, b.carina - .028 + b.aorta),
-            'mediastinum': _points_box(c, (-max(m, ra), .10), (max(m, .71 * width), b.dome['left'] + .01)), 'upper mediastinum': _rect(c, -m, .10, m + .6 * b.aorta, b.carina + .01),
-            'svc': _rect(c, -m - .006, b.carina - .10, -m + .036, b.carina + .10), 'cavoatrial junction': _rect(c, -m - .022, b.carina + .075, -m + .030, b.carina + .125),
+    return {'trachea': _rect(c, -.028, .0, .016, b.carina + .01), 'spine': _rect(c, -.045, .02, .045, .99),
+            'carina': _rect(c, -.042, b.carina - .022, .032, b.carina + .036),
+            'aortic arch': _rect(c, b.med - .035 - .6 * b.aorta, b.carina - .052 - b.aorta, b.med + 1.2 * b.aorta - .004,
+                                 b.carina - .028 + b.aorta),
+            'mediastinum': _points_box(c, (-max(m, ra), .10), (max(m, .71 * width), b.dome['left'] + .01)),
+            'upper mediastinum': _rect(c, -m, .10, m + .6 * b.aorta, b.carina + .01),
+            'svc': _rect(c, -m - .006, b.carina - .10, -m + .036, b.carina + .10),
+            'cavoatrial junction': _rect(c, -m - .022, b.carina + .075, -m + .030, b.carina + .125),
             'right atrium': _rect(c, -ra, top + .075, -.008, b.dome['right'] + .005), 'cardiac silhouette': heart,
             'abdomen': _rect(c, -b.W, b.dome['right'] - .005, b.W, 1.05)}
 
 def _finding_boxes(f: Finding, change: np.ndarray | None, c: Canvas, regions: dict[str, Box]) -> list[FindingBox]:
-    "Boxes of one finding: where it changed the picture by more than a third of its peak, per side; findings of shape take their region's box."
+    """Boxes of one finding: where it changed the picture by more than a third of its peak, per side; findings of shape take their
+    region's box."""
     if f.entity == 'hyperinflation': return [FindingBox(f.entity, regions[p]) for p in f.places]
     if change is None: return [FindingBox(f.entity, regions[f.places[0]])]
     strong = np.abs(change); sided = len(f.sides) == 2 and f.entity != 'support device'
@@ -755,45 +824,75 @@ class Statement:
     entities: dict[str, int] = field(default_factory=dict)
     relations: dict[tuple[str, str], int] = field(default_factory=dict)
 
+# %% ../../nbs/data/14_phantom.ipynb #fee6804d
 _ADJECTIVES = {'size': (('small', 'tiny', 'trace', 'minimal'), ('moderate', 'moderate-sized'), ('large', 'sizeable')),
                'grade': (('mild', 'subtle', 'minimal', 'slight'), ('moderate',), ('severe', 'marked', 'extensive'))}
 _NOUNS: dict[str, tuple[str, ...]] = {      # {a} adjective, {side} right, left or bilateral
-    'lung opacity': ('{a} hazy opacity', '{a} ground-glass opacity', '{a} ill-defined opacity', '{a} opacification', '{a} airspace opacity', '{a} infiltrate', '{a} patchy infiltrate'),
-    'consolidation': ('{a} consolidation', '{a} focal consolidation', '{a} lobar consolidation', '{a} dense consolidation', '{a} area of consolidation', '{a} consolidation with air bronchograms'),
-    'pneumonia': ('{a} pneumonia', '{a} multifocal pneumonia', '{a} bronchopneumonia', '{a} patchy pneumonia', '{a} infectious process', '{a} focus of pneumonia'),
-    'atelectasis': ('{a} atelectasis', '{a} subsegmental atelectasis', '{a} linear atelectasis', '{a} plate-like atelectasis', '{a} discoid atelectasis', '{a} volume loss', '{a} bandlike atelectasis'),
-    'pulmonary edema': ('{a} pulmonary edema', '{a} interstitial pulmonary edema', '{a} pulmonary vascular congestion', '{a} interstitial edema', '{a} perihilar edema', '{a} vascular congestion'),
-    'pleural effusion': ('{a} {side} pleural effusion', '{a} {side} effusion', '{a} {side} pleural fluid', '{a} {side} layering pleural effusion'),
+    'lung opacity': ('{a} hazy opacity', '{a} ground-glass opacity', '{a} ill-defined opacity', '{a} opacification', '{a} airspace opacity',
+                     '{a} infiltrate', '{a} patchy infiltrate'),
+    'consolidation': ('{a} consolidation', '{a} focal consolidation', '{a} lobar consolidation', '{a} dense consolidation',
+                      '{a} area of consolidation', '{a} consolidation with air bronchograms'),
+    'pneumonia': ('{a} pneumonia', '{a} multifocal pneumonia', '{a} bronchopneumonia', '{a} patchy pneumonia', '{a} infectious process',
+                  '{a} focus of pneumonia'),
+    'atelectasis': ('{a} atelectasis', '{a} subsegmental atelectasis', '{a} linear atelectasis', '{a} plate-like atelectasis',
+                    '{a} discoid atelectasis', '{a} volume loss', '{a} bandlike atelectasis'),
+    'pulmonary edema': ('{a} pulmonary edema', '{a} interstitial pulmonary edema', '{a} pulmonary vascular congestion',
+                        '{a} interstitial edema', '{a} perihilar edema', '{a} vascular congestion'),
+    'pleural effusion': ('{a} {side} pleural effusion', '{a} {side} effusion', '{a} {side} pleural fluid',
+                         '{a} {side} layering pleural effusion'),
     'pneumothorax': ('{a} {side} pneumothorax', '{a} {side} apical pneumothorax', '{a} pneumothorax on the {side}'),
     'cardiomegaly': ('{a} cardiomegaly', '{a} cardiac enlargement', '{a} enlargement of the cardiac silhouette', '{a2} enlarged heart'),
-    'nodule': ('{a} pulmonary nodule', '{a} rounded nodule', '{a} lung nodule', '{a} well-circumscribed nodule', '{a} nodular density', '{a} solitary nodule'),
+    'nodule': ('{a} pulmonary nodule', '{a} rounded nodule', '{a} lung nodule', '{a} well-circumscribed nodule', '{a} nodular density',
+               '{a} solitary nodule'),
     'mass': ('{a} mass', '{a} lung mass', '{a} lobulated mass', '{a} pulmonary mass', '{a} rounded mass', '{a} masslike lesion'),
-    'hyperinflation': ('{a} hyperinflation', '{a} hyperexpansion of the lungs', '{a} emphysema', '{a} flattening of the diaphragms', '{a} hyperinflation with flattened diaphragms'),
-    'fibrosis': ('{a} fibrosis', '{a} interstitial fibrosis', '{a} reticulation', '{a} coarse reticulation', '{a} parenchymal scarring', '{a} fibrotic change', '{a} reticular pattern'),
-    'pleural thickening': ('{a} {side} pleural thickening', '{a} {side} apical pleural thickening', '{a} {side} pleural scarring', '{a} {side} apical cap'),
-    'fracture': ('{a} {side} rib fracture', '{a} displaced {side} rib fracture', '{a} fracture of the {side} {rib} rib', '{a} {side} posterolateral rib fracture'),
-    'hiatal hernia': ('{a} hiatal hernia', '{a} hiatus hernia', '{a} retrocardiac hiatal hernia with an air-fluid level', '{a} sliding hiatal hernia'),
-    'mediastinal widening': ('{a} mediastinal widening', '{a} widening of the mediastinum', '{a} mediastinal enlargement', '{a} widening of the superior mediastinum'),
-    'granuloma': ('calcified granuloma', 'small calcified granuloma', 'densely calcified granuloma', 'calcified nodule', 'old calcified granuloma')}
+    'hyperinflation': ('{a} hyperinflation', '{a} hyperexpansion of the lungs', '{a} emphysema', '{a} flattening of the diaphragms',
+                       '{a} hyperinflation with flattened diaphragms'),
+    'fibrosis': ('{a} fibrosis', '{a} interstitial fibrosis', '{a} reticulation', '{a} coarse reticulation', '{a} parenchymal scarring',
+                 '{a} fibrotic change', '{a} reticular pattern'),
+    'pleural thickening': ('{a} {side} pleural thickening', '{a} {side} apical pleural thickening', '{a} {side} pleural scarring',
+                           '{a} {side} apical cap'),
+    'fracture': ('{a} {side} rib fracture', '{a} displaced {side} rib fracture', '{a} fracture of the {side} {rib} rib',
+                 '{a} {side} posterolateral rib fracture'),
+    'hiatal hernia': ('{a} hiatal hernia', '{a} hiatus hernia', '{a} retrocardiac hiatal hernia with an air-fluid level',
+                      '{a} sliding hiatal hernia'),
+    'mediastinal widening': ('{a} mediastinal widening', '{a} widening of the mediastinum', '{a} mediastinal enlargement',
+                             '{a} widening of the superior mediastinum'),
+    'granuloma': ('calcified granuloma', 'small calcified granuloma', 'densely calcified granuloma', 'calcified nodule',
+                  'old calcified granuloma')}
 
 # %% ../../nbs/data/14_phantom.ipynb #9ec635e7
 _OWN: dict[str, tuple[str, ...]] = {         # whole sentences, for variety; the same meaning
-    'cardiomegaly': ('The heart is {a2} enlarged.', 'The cardiac silhouette is {a2} enlarged.', 'Heart size is {a2} enlarged.', '{A} cardiomegaly is present.'),
-    'pleural effusion': ('Blunting of the {side} costophrenic angle is consistent with {a} effusion.', '{A} pleural fluid collects on the {side}.', 'A meniscus at the {side} base indicates {a} pleural effusion.'),
+    'cardiomegaly': ('The heart is {a2} enlarged.', 'The cardiac silhouette is {a2} enlarged.', 'Heart size is {a2} enlarged.',
+                     '{A} cardiomegaly is present.'),
+    'pleural effusion': ('Blunting of the {side} costophrenic angle is consistent with {a} effusion.',
+                         '{A} pleural fluid collects on the {side}.', 'A meniscus at the {side} base indicates {a} pleural effusion.'),
     'pneumothorax': ('A thin visceral pleural line indicates {a} {side} pneumothorax.', 'There is {a} pneumothorax at the {side} apex.'),
-    'pulmonary edema': ('Indistinct vessels and perihilar haze reflect {a} pulmonary edema.', 'The pulmonary vasculature is engorged, in keeping with {a} edema.'),
-    'hyperinflation': ('The lungs are {a2} hyperinflated.', 'The lungs are {a2} hyperexpanded with flattening of the diaphragms.', 'The lungs are {a2} hyperinflated, as in COPD.'),
+    'pulmonary edema': ('Indistinct vessels and perihilar haze reflect {a} pulmonary edema.',
+                        'The pulmonary vasculature is engorged, in keeping with {a} edema.'),
+    'hyperinflation': ('The lungs are {a2} hyperinflated.', 'The lungs are {a2} hyperexpanded with flattening of the diaphragms.',
+                       'The lungs are {a2} hyperinflated, as in COPD.'),
     'mediastinal widening': ('The mediastinum is {a2} widened.', 'The superior mediastinum is {a2} widened.'),
     'fracture': ('The {side} {rib} rib is fractured.', 'There is a step in the {side} {rib} rib, a {a} fracture.'),
     'hiatal hernia': ('A retrocardiac air-fluid level represents a {a} hiatal hernia.',)}
-_DEVICE_TEXT = {'endotracheal tube': ('An endotracheal tube is in place.', 'Endotracheal tube tip projects above the carina.', 'The patient is intubated, the ET tube tip lying {cm} cm above the carina.', 'Endotracheal tube in standard position.'),
-    'central venous catheter': ('A central venous catheter terminates in the SVC.', 'Central line tip projects over the cavoatrial junction.', 'A PICC ends in the superior vena cava.', 'Right central venous catheter in unchanged position.'),
-    'nasogastric tube': ('A nasogastric tube courses below the diaphragm.', 'Enteric tube passes into the stomach.', 'NG tube tip overlies the gastric bubble.', 'A nasogastric tube is seen with its tip in the stomach.'),
-    'pacemaker': ('A left pectoral pacemaker is seen with two leads.', 'Dual-lead pacemaker in place.', 'Left-sided pacemaker leads end over the right atrium and right ventricle.', 'A pacemaker generator overlies the left upper chest.'),
-    'chest tube': ('A {side} chest tube is in place.', '{side_} chest tube projects towards the apex.', 'There is a {side} chest tube.', 'A {side}-sided chest tube is unchanged.')}
-_FRAMES = ('There is {np}{w}.', '{Np}{w}.', '{Np}{w} is seen.', '{Np} is present{w}.', '{Np} is noted{w}.', 'The film shows {np}{w}.', 'Again seen is {np}{w}.', '{Np}{w} is identified.',
-           'Findings include {np}{w}.', '{Np}{w}, unchanged.', '{Np}{w} is new since the prior study.', 'There has been development of {np}{w}.')
-_DOUBT = ('Possible {np}{w}.', 'There may be {np}{w}.', '{Np}{w} cannot be excluded.', 'Questionable {np}{w}.', 'Findings could represent {np}{w}.', '{Np}{w} is possible.', 'Appearances are suspicious for {np}{w}.',
+_DEVICE_TEXT = {'endotracheal tube': ('An endotracheal tube is in place.', 'Endotracheal tube tip projects above the carina.',
+                                      'The patient is intubated, the ET tube tip lying {cm} cm above the carina.',
+                                      'Endotracheal tube in standard position.'),
+    'central venous catheter': ('A central venous catheter terminates in the SVC.',
+                                'Central line tip projects over the cavoatrial junction.', 'A PICC ends in the superior vena cava.',
+                                'Right central venous catheter in unchanged position.'),
+    'nasogastric tube': ('A nasogastric tube courses below the diaphragm.', 'Enteric tube passes into the stomach.',
+                         'NG tube tip overlies the gastric bubble.', 'A nasogastric tube is seen with its tip in the stomach.'),
+    'pacemaker': ('A left pectoral pacemaker is seen with two leads.', 'Dual-lead pacemaker in place.',
+                  'Left-sided pacemaker leads end over the right atrium and right ventricle.',
+                  'A pacemaker generator overlies the left upper chest.'),
+    'chest tube': ('A {side} chest tube is in place.', '{side_} chest tube projects towards the apex.', 'There is a {side} chest tube.',
+                   'A {side}-sided chest tube is unchanged.')}
+_FRAMES = ('There is {np}{w}.', '{Np}{w}.', '{Np}{w} is seen.', '{Np} is present{w}.', '{Np} is noted{w}.', 'The film shows {np}{w}.',
+           'Again seen is {np}{w}.', '{Np}{w} is identified.',
+           'Findings include {np}{w}.', '{Np}{w}, unchanged.', '{Np}{w} is new since the prior study.',
+           'There has been development of {np}{w}.')
+_DOUBT = ('Possible {np}{w}.', 'There may be {np}{w}.', '{Np}{w} cannot be excluded.', 'Questionable {np}{w}.',
+          'Findings could represent {np}{w}.', '{Np}{w} is possible.', 'Appearances are suspicious for {np}{w}.',
           'Probable {np}{w}.', 'Suspected {np}{w}.')
 
 # %% ../../nbs/data/14_phantom.ipynb #3071b179
@@ -810,7 +909,8 @@ _ORDINALS = ('first', 'second', 'third', 'fourth', 'fifth', 'sixth', 'seventh', 
 def _place_words(rng: np.random.Generator, region: str) -> str:
     "Words for a region as reports use them: its own name, a lobe, a base."
     side, rest = region.split(' ', 1)
-    if 'lower lung zone' in region: return _one(rng, (f'in the {region}', f'in the {side} lower lobe', f'at the {side} base', f'at the {side} lung base'))
+    if 'lower lung zone' in region:
+        return _one(rng, (f'in the {region}', f'in the {side} lower lobe', f'at the {side} base', f'at the {side} lung base'))
     if 'upper lung zone' in region: return _one(rng, (f'in the {region}', f'in the {side} upper lobe', f'in the {side} upper lung'))
     if 'mid lung zone' in region: return _one(rng, (f'in the {region}', f'in the {side} mid lung', f'in the {side} midlung zone'))
     return f'in the {region}'
@@ -820,14 +920,16 @@ def _where(rng: np.random.Generator, f: Finding) -> str:
     if not any('lung zone' in p for p in f.places) or f.entity in ('fracture', 'support device'): return ''
     if len(f.places) == 1: return ' ' + _place_words(rng, f.places[0])
     zone = f.places[0].split(' ', 1)[1]
-    return ' ' + _one(rng, (f'in both {zone}s', f'in the right and left {zone}s') + (('at both bases', 'at both lung bases') if 'lower' in zone else ()))
+    return ' ' + _one(rng, (f'in both {zone}s', f'in the right and left {zone}s')
+                      + (('at both bases', 'at both lung bases') if 'lower' in zone else ()))
 
 def _grade(severity: float) -> int: return 0 if severity < .4 else 1 if severity < .72 else 2
 
 def _relations(f: Finding, value: int = 1) -> dict[tuple[str, str], int]:
     "Regions of a stated finding: its places, and the lung around a place of the lung (a zone's finding lies in its lung too)."
     places = dict.fromkeys(f.places)
-    if f.entity in ('pulmonary edema', 'fracture') or any('zone' in p or 'costophrenic' in p for p in f.places): places |= dict.fromkeys(f'{s} lung' for s in f.sides)
+    if f.entity in ('pulmonary edema', 'fracture') or any('zone' in p or 'costophrenic' in p for p in f.places):
+        places |= dict.fromkeys(f'{s} lung' for s in f.sides)
     if f.entity == 'pleural effusion' and f.severity > .5: places |= {f'{s} lower lung zone': None for s in f.sides}
     return {(p, f.entity): value for p in places}
 
@@ -836,19 +938,29 @@ def _say(f: Finding, rng: np.random.Generator, value: int = 1) -> Statement:
     "One sentence about a finding, asserted (+1) or in doubt (0), in one of many wordings."
     both = len(f.sides) == 2; side = 'bilateral' if both else (f.sides or ('',))[0]
     level = _grade(f.severity)
-    a = _one(rng, _ADJECTIVES['size' if f.entity in ('pleural effusion', 'pneumothorax', 'hiatal hernia', 'nodule', 'mass') else 'grade'][level] + ('',))
-    if f.entity in ('nodule', 'granuloma', 'mass'): a = _one(rng, ('', f'{(.6 + 2. * f.shape[4]) if f.entity == "nodule" else 3.2 + 3. * f.shape[4]:.1f} cm', 'round' if f.entity == 'nodule' else 'large'))
+    a = _one(rng, _ADJECTIVES['size' if f.entity in ('pleural effusion', 'pneumothorax', 'hiatal hernia', 'nodule', 'mass')
+                              else 'grade'][level] + ('',))
+    if f.entity in ('nodule', 'granuloma', 'mass'):
+        a = _one(rng, ('', f'{(.6 + 2. * f.shape[4]) if f.entity == "nodule" else 3.2 + 3. * f.shape[4]:.1f} cm',
+                       'round' if f.entity == 'nodule' else 'large'))
     if f.entity == 'fracture': a = _one(rng, ('acute', '', 'minimally displaced' if level == 0 else 'displaced'))
-    words = {'a': a, 'A': _capital(a) or 'Some', 'a2': _one(rng, (('mildly', 'slightly'), ('moderately',), ('markedly', 'severely'))[level]), 'side': side, 'side_': _capital(side),
-             'rib': _ORDINALS[(2, 4, 6)[next((i for i, z in enumerate(('upper', 'mid', 'lower')) if z in f.places[0]), 1)] + int(2 * f.shape[0])], 'cm': f'{2.5 + 3 * f.shape[2]:.1f}'}
+    words = {'a': a, 'A': _capital(a) or 'Some',
+             'a2': _one(rng, (('mildly', 'slightly'), ('moderately',), ('markedly', 'severely'))[level]), 'side': side,
+             'side_': _capital(side),
+             'rib': _ORDINALS[(2, 4, 6)[next((i for i, z in enumerate(('upper', 'mid', 'lower')) if z in f.places[0]), 1)]
+                              + int(2 * f.shape[0])], 'cm': f'{2.5 + 3 * f.shape[2]:.1f}'}
     if f.entity == 'support device': text = _one(rng, _DEVICE_TEXT[f.kind]).format(**words)
     elif value == 1 and not both and f.entity in _OWN and rng.random() < .35:
         text = _one(rng, _OWN[f.entity]).format(**words)
     else:
-        noun = _squeeze(_one(rng, _NOUNS[f.entity]).format(**words).replace('displaced displaced', 'displaced').replace('acute displaced', 'acute, displaced'))
-        if both and f.entity == 'pleural effusion': noun = noun.replace('effusion', 'effusions').replace('on the bilateral', 'on both sides')
+        noun = _squeeze(_one(rng, _NOUNS[f.entity]).format(**words).replace('displaced displaced', 'displaced').replace('acute displaced',
+            'acute, displaced'))
+        if both and f.entity == 'pleural effusion':
+            noun = noun.replace('effusion', 'effusions').replace('on the bilateral', 'on both sides')
         frame = _one(rng, _FRAMES if value == 1 else _DOUBT)
-        if f.entity in _COUNTABLE + ('cardiomegaly',) and not both and not frame.startswith(_BARE) and any(w in noun for w in _WITH_ARTICLE): noun = _article(noun)
+        if f.entity in _COUNTABLE + ('cardiomegaly',) and not both and not frame.startswith(_BARE) and any(w in noun
+                for w in _WITH_ARTICLE):
+            noun = _article(noun)
         text = frame.format(np=noun, Np=_capital(noun), w=_where(rng, f))
         if 'effusions' in text: text = text.replace(' is ', ' are ')
     means = {f.entity: value}
@@ -857,26 +969,51 @@ def _say(f: Finding, rng: np.random.Generator, value: int = 1) -> Statement:
     return Statement(_squeeze(text), means, _relations(f) if value == 1 else {})
 
 # %% ../../nbs/data/14_phantom.ipynb #230b228d
-_NEGATIVE_NOUN = {'lung opacity': ('focal opacity', 'airspace opacity', 'infiltrate', 'focal airspace opacity'), 'consolidation': ('consolidation', 'focal consolidation', 'lobar consolidation'), 'pneumonia': ('pneumonia', 'evidence of pneumonia', 'acute pneumonia'),
-    'atelectasis': ('atelectasis',), 'pulmonary edema': ('pulmonary edema', 'edema', 'vascular congestion', 'overt pulmonary edema'), 'pleural effusion': ('pleural effusion', 'effusion', 'pleural effusions', 'sizeable pleural effusion'),
-    'pneumothorax': ('pneumothorax', 'visible pneumothorax'), 'cardiomegaly': ('cardiomegaly',), 'nodule': ('suspicious nodule', 'pulmonary nodule', 'nodule'), 'mass': ('mass', 'lung mass'), 'hyperinflation': ('hyperinflation',),
-    'fibrosis': ('fibrosis', 'scarring'), 'pleural thickening': ('pleural thickening',), 'fracture': ('acute fracture', 'displaced rib fracture', 'fracture'), 'hiatal hernia': ('hiatal hernia',),
+_NEGATIVE_NOUN = {'lung opacity': ('focal opacity', 'airspace opacity', 'infiltrate', 'focal airspace opacity'),
+                  'consolidation': ('consolidation', 'focal consolidation', 'lobar consolidation'),
+                  'pneumonia': ('pneumonia', 'evidence of pneumonia', 'acute pneumonia'),
+    'atelectasis': ('atelectasis',), 'pulmonary edema': ('pulmonary edema', 'edema', 'vascular congestion', 'overt pulmonary edema'),
+    'pleural effusion': ('pleural effusion', 'effusion', 'pleural effusions', 'sizeable pleural effusion'),
+    'pneumothorax': ('pneumothorax', 'visible pneumothorax'), 'cardiomegaly': ('cardiomegaly',),
+    'nodule': ('suspicious nodule', 'pulmonary nodule', 'nodule'), 'mass': ('mass', 'lung mass'), 'hyperinflation': ('hyperinflation',),
+    'fibrosis': ('fibrosis', 'scarring'), 'pleural thickening': ('pleural thickening',),
+    'fracture': ('acute fracture', 'displaced rib fracture', 'fracture'), 'hiatal hernia': ('hiatal hernia',),
     'mediastinal widening': ('mediastinal widening', 'widening of the mediastinum'), 'granuloma': ('calcified granuloma',)}
-_NEGATIVE_WEIGHT = {'lung opacity': 3, 'consolidation': 5, 'pneumonia': 3, 'atelectasis': 1, 'pulmonary edema': 4, 'pleural effusion': 7, 'pneumothorax': 7, 'cardiomegaly': 2, 'nodule': 1.5, 'mass': 1.2, 'hyperinflation': .4,
-                    'fibrosis': .5, 'pleural thickening': .5, 'fracture': 2, 'hiatal hernia': .3, 'mediastinal widening': 1, 'granuloma': .2}
-_NEGATIVE_FRAMES = ('No {l}.', 'There is no {l}.', 'No evidence of {l}.', 'Negative for {l}.', 'No {l} is seen.', 'There is no evidence of {l}.', 'No {l} identified.', 'Without {l}.', 'The study shows no {l}.')
+_NEGATIVE_WEIGHT = {'lung opacity': 3, 'consolidation': 5, 'pneumonia': 3, 'atelectasis': 1, 'pulmonary edema': 4, 'pleural effusion': 7,
+                    'pneumothorax': 7, 'cardiomegaly': 2, 'nodule': 1.5, 'mass': 1.2, 'hyperinflation': .4,
+                    'fibrosis': .5, 'pleural thickening': .5, 'fracture': 2, 'hiatal hernia': .3, 'mediastinal widening': 1,
+                    'granuloma': .2}
+_NEGATIVE_FRAMES = ('No {l}.', 'There is no {l}.', 'No evidence of {l}.', 'Negative for {l}.', 'No {l} is seen.',
+                    'There is no evidence of {l}.', 'No {l} identified.', 'Without {l}.', 'The study shows no {l}.')
+
+# %% ../../nbs/data/14_phantom.ipynb #b5133867
 _NORMAL: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (('The lungs are clear.', 'Lungs are clear bilaterally.', 'The lung fields are clear.', 'Both lungs are clear.', 'Clear lungs.'), ('lung opacity', 'consolidation')),
-    (('Heart size is normal.', 'The heart is normal in size.', 'The cardiac silhouette is normal in size.', 'The heart is not enlarged.', 'Heart size is within normal limits.', 'Normal heart size.'), ('cardiomegaly',)),
-    (('The cardiomediastinal silhouette is normal.', 'Cardiomediastinal contours are within normal limits.', 'The cardiomediastinal silhouette is unremarkable.'), ('cardiomegaly', 'mediastinal widening')),
-    (('The costophrenic angles are sharp.', 'Both costophrenic angles are clear.', 'Costophrenic angles are preserved.'), ('pleural effusion',)),
-    (('The pulmonary vasculature is normal.', 'Pulmonary vascularity is within normal limits.', 'Pulmonary vessels are normal.'), ('pulmonary edema',)),
+    (('The lungs are clear.', 'Lungs are clear bilaterally.', 'The lung fields are clear.', 'Both lungs are clear.', 'Clear lungs.'),
+     ('lung opacity', 'consolidation')),
+    (('Heart size is normal.', 'The heart is normal in size.', 'The cardiac silhouette is normal in size.', 'The heart is not enlarged.',
+      'Heart size is within normal limits.', 'Normal heart size.'), ('cardiomegaly',)),
+    (('The cardiomediastinal silhouette is normal.', 'Cardiomediastinal contours are within normal limits.',
+      'The cardiomediastinal silhouette is unremarkable.'), ('cardiomegaly', 'mediastinal widening')),
+    (('The costophrenic angles are sharp.', 'Both costophrenic angles are clear.', 'Costophrenic angles are preserved.'),
+     ('pleural effusion',)),
+    (('The pulmonary vasculature is normal.', 'Pulmonary vascularity is within normal limits.', 'Pulmonary vessels are normal.'),
+     ('pulmonary edema',)),
     (('The bones are intact.', 'Osseous structures are intact.', 'The ribs are intact.', 'Bony structures appear intact.'), ('fracture',)))
-_EMPTY = {'comparison': ('Comparison is made to the prior radiograph.', 'No prior study is available.', 'Compared with the study of {d} days ago, there is no relevant change.', 'No significant interval change.', 'The prior study from {m} was reviewed.',
-                         'Since the previous exam, the overall appearance is stable.', 'Allowing for differences in technique, no interval change.', 'Prior films are not available at this time.'),
-          'technique': ('Single frontal view of the chest.', 'A single {v} view was obtained.', 'Portable technique limits assessment.', 'Low inspiratory effort.', 'The patient is slightly rotated.', 'Frontal radiograph of the chest, {v} projection.', 'Exposure is adequate.'),
-          'normal': ('The trachea is midline.', 'The hila are unremarkable.', 'The visualized upper abdomen is unremarkable.', 'The aorta is unremarkable for age.', 'Degenerative changes of the spine.', 'The soft tissues are unremarkable.', 'The hemidiaphragms are smooth.'),
-          'closing': ('Clinical correlation is advised.', 'Follow-up as clinically indicated.', 'Findings were discussed with the referring team at {t}.', 'Thank you for the referral.', 'This report was dictated and signed electronically.', 'Dr. {n} was notified by telephone at {t}.', 'No further imaging is needed at this time.')}
+_EMPTY = {'comparison': ('Comparison is made to the prior radiograph.', 'No prior study is available.',
+                         'Compared with the study of {d} days ago, there is no relevant change.', 'No significant interval change.',
+                         'The prior study from {m} was reviewed.',
+                         'Since the previous exam, the overall appearance is stable.',
+                         'Allowing for differences in technique, no interval change.', 'Prior films are not available at this time.'),
+          'technique': ('Single frontal view of the chest.', 'A single {v} view was obtained.', 'Portable technique limits assessment.',
+                        'Low inspiratory effort.', 'The patient is slightly rotated.', 'Frontal radiograph of the chest, {v} projection.',
+                        'Exposure is adequate.'),
+          'normal': ('The trachea is midline.', 'The hila are unremarkable.', 'The visualized upper abdomen is unremarkable.',
+                     'The aorta is unremarkable for age.', 'Degenerative changes of the spine.', 'The soft tissues are unremarkable.',
+                     'The hemidiaphragms are smooth.'),
+          'closing': ('Clinical correlation is advised.', 'Follow-up as clinically indicated.',
+                      'Findings were discussed with the referring team at {t}.', 'Thank you for the referral.',
+                      'This report was dictated and signed electronically.', 'Dr. {n} was notified by telephone at {t}.',
+                      'No further imaging is needed at this time.')}
 _MONTHS = ('January', 'February', 'March', 'April', 'May', 'June', 'July', 'August', 'September', 'October', 'November', 'December')
 
 # %% ../../nbs/data/14_phantom.ipynb #9c504227
@@ -898,11 +1035,13 @@ def _negatives(findings: list[Finding], labels: dict[str, int], rng: np.random.G
     "Pertinent negatives: never of a stated finding; a missed finding may be denied (the report is then wrong)."
     closed = {f.entity for f in findings if f.said is not None or rng.random() < .5}
     if labels['lung opacity'] and 'lung opacity' not in closed and any(e in closed for e in OPACITY_CHILDREN): closed.add('lung opacity')
-    if closed & {'pneumonia', 'consolidation', 'lung opacity', 'mass', 'atelectasis', 'pulmonary edema'}: closed |= {'lung opacity', 'pneumonia', 'consolidation'}
+    if closed & {'pneumonia', 'consolidation', 'lung opacity', 'mass', 'atelectasis', 'pulmonary edema'}:
+        closed |= {'lung opacity', 'pneumonia', 'consolidation'}
     if closed & {'nodule', 'granuloma', 'mass'}: closed |= {'nodule', 'mass'}
     out, used = [], set()
     for texts, names in _NORMAL:
-        if not closed & set(names) and not (names[0] == 'cardiomegaly' and 'cardiomegaly' in used) and rng.random() < (.62 if len(names) == 1 else .40) - .25 * (names[0] in ('pleural effusion', 'fracture')):
+        if not closed & set(names) and not (names[0] == 'cardiomegaly' and 'cardiomegaly' in used) and rng.random() < (.62
+                if len(names) == 1 else .40) - .25 * (names[0] in ('pleural effusion', 'fracture')):
             out.append(Statement(_one(rng, texts), dict.fromkeys(names, -1), _denied(names))); used |= set(names)
     left = [n for n in _NEGATIVE_NOUN if n not in closed and n not in used]
     w = np.array([_NEGATIVE_WEIGHT[n] for n in left])
@@ -915,9 +1054,13 @@ def _negatives(findings: list[Finding], labels: dict[str, int], rng: np.random.G
 # %% ../../nbs/data/14_phantom.ipynb #18729f46
 def _empty(kind: str, body: Body, rng: np.random.Generator) -> Statement:
     "A sentence that says nothing about findings."
-    return Statement(_one(rng, _EMPTY[kind]).format(d=int(rng.integers(2, 90)), m=_one(rng, _MONTHS), v=body.view, t=f'{int(rng.integers(7, 19))}:{int(rng.integers(60)):02d}', n=_one(rng, 'ABCDEFGHKLMNPRST')))
+    return Statement(_one(rng, _EMPTY[kind]).format(d=int(rng.integers(2, 90)), m=_one(rng, _MONTHS), v=body.view,
+                                                    t=f'{int(rng.integers(7, 19))}:{int(rng.integers(60)):02d}',
+                                                    n=_one(rng, 'ABCDEFGHKLMNPRST')))
 
-def write_report(config: PhantomConfig, body: Body, findings: list[Finding], labels: dict[str, int], rng: np.random.Generator) -> tuple[str, dict, dict]:
+# %% ../../nbs/data/14_phantom.ipynb #61492efd
+def write_report(config: PhantomConfig, body: Body, findings: list[Finding], labels: dict[str, int], rng: np.random.Generator) -> tuple[str,
+        dict, dict]:
     "(report, entities, relations) from the hidden state."
     told = [f for f in findings if f.said is not None]
     main = [_say(f, rng, f.said) for f in told]
@@ -930,21 +1073,28 @@ def write_report(config: PhantomConfig, body: Body, findings: list[Finding], lab
         if rng.random() < .3:
             other = 'left' if f.sides[0] == 'right' else 'right'
             places = [r for r in next(e for e in ENTITIES if e.name == f.entity).regions if r.startswith(other)]
-            main.append(Statement(_one(rng, ('There is no {o} {e}.', 'No {o} {e}.', 'No {e} on the {o}.')).format(o=other, e=f.entity), {f.entity: -1}, {(r, f.entity): -1 for r in places}))
+            main.append(Statement(_one(rng, ('There is no {o} {e}.', 'No {o} {e}.', 'No {e} on the {o}.')).format(o=other, e=f.entity),
+                                  {f.entity: -1}, {(r, f.entity): -1 for r in places}))
     negatives = _negatives([*findings, *(f for f in told if f not in findings)], labels, rng)
     extra = [_empty(k, body, rng) for k in ('comparison', 'technique', 'normal', 'normal') if rng.random() < config.boilerplate]
     order = [*main, *negatives, *extra]; order = [order[i] for i in rng.permutation(len(order))]
     summary = [_say(f, rng, f.said) for f in told if rng.random() < .85]
-    if not summary: summary = [Statement(_one(rng, ('No acute cardiopulmonary process.', 'No acute cardiopulmonary abnormality.', 'Normal chest radiograph.', 'No acute intrathoracic process.', 'Unremarkable chest radiograph.', 'No acute disease.')
-                                                    if not told else ('As described above.', 'Findings as above.', 'See above.')))]
+    if not summary:
+        summary = [Statement(_one(rng, ('No acute cardiopulmonary process.', 'No acute cardiopulmonary abnormality.',
+                                        'Normal chest radiograph.', 'No acute intrathoracic process.', 'Unremarkable chest radiograph.',
+                                        'No acute disease.')
+                                        if not told else ('As described above.', 'Findings as above.', 'See above.')))]
     if rng.random() < .6 * config.boilerplate: summary.append(_empty('closing', body, rng))
-    text = 'FINDINGS: ' + ' '.join(s.text for s in order) + ' IMPRESSION: ' + (' '.join(s.text for s in summary) if len(summary) == 1 or rng.random() < .5 else ' '.join(f'{i + 1}. {s.text}' for i, s in enumerate(summary)))
+    text = ('FINDINGS: ' + ' '.join(s.text for s in order) + ' IMPRESSION: '
+            + (' '.join(s.text for s in summary) if len(summary) == 1
+               or rng.random() < .5 else ' '.join(f'{i + 1}. {s.text}' for i, s in enumerate(summary))))
     entities: dict[str, int] = {}; relations: dict[tuple[str, str], int] = {}
     for s in [*order, *summary]:
         for e, v in s.entities.items(): entities[e] = max(v, entities.get(e, -1))
         for k, v in s.relations.items(): relations[k] = max(v, relations.get(k, -1))
     relations = {k: v for k, v in relations.items() if v == 1 or entities[k[1]] == -1 or k[1] in {f.entity for f in one_sided}}
-    return text, {n: entities[n] for n in ENTITY_NAMES if n in entities}, dict(sorted(relations.items(), key=lambda kv: (REGIONS.index(kv[0][0]), kv[0][1])))
+    return (text, {n: entities[n] for n in ENTITY_NAMES if n in entities},
+            dict(sorted(relations.items(), key=lambda kv: (REGIONS.index(kv[0][0]), kv[0][1]))))
 
 # %% ../../nbs/data/14_phantom.ipynb #cb90efcb
 _ASK_YES = ('Is there {e}?', 'Does this radiograph show {e}?', 'Is {e} present?', 'Can {e} be seen?')
@@ -958,18 +1108,24 @@ def ask(body: Body, findings: list[Finding], labels: dict[str, int], study_id: s
     out = [(_one(rng, _ASK_YES).format(e=e), a, 'closed', 'presence') for e, a in
            ([(_one(rng, present), 'yes')] if present else []) + [(absent[int(rng.choice(len(absent), p=w / w.sum()))], 'no')]]
     pool = [(_one(rng, ('Is this an AP or a PA view?', 'Was the picture taken AP or PA?')), body.view, 'closed', 'view'),
-            (_one(rng, ('Is the heart enlarged?', 'Is the heart larger than normal?')), 'yes' if labels['cardiomegaly'] else 'no', 'closed', 'size'),
+            (_one(rng, ('Is the heart enlarged?', 'Is the heart larger than normal?')), 'yes' if labels['cardiomegaly'] else 'no', 'closed',
+             'size'),
             ('Is this chest radiograph normal?', 'no' if present else 'yes', 'closed', 'abnormality')]
     if not present: pool.append((_one(rng, ('What abnormality is seen?', 'Which finding is present?')), 'none', 'open', 'abnormality'))
     for f in (findings[i] for i in rng.permutation(len(findings))):
         name = f.kind or f.entity
         lateral = f.sides and f.entity not in ('hyperinflation', 'pulmonary edema') and f.kind != 'pacemaker'
         if lateral: pool.append((f'On which side is the {name}, left, right or both?', _side_answer(f), 'closed', 'side'))
-        if 'lung zone' in f.places[0] and len(f.places) == 1 and not f.kind: pool.append((_one(rng, (f'Where is the {name}?', f'In which region is the {name}?')), f.places[0], 'open', 'location'))
-        if f.entity not in ('granuloma', 'nodule', 'support device', 'fracture'): pool.append((_one(rng, (f'How severe is the {name}?', f'What is the degree of the {name}?')), ('mild', 'moderate', 'severe')[_grade(f.severity)], 'open', 'severity'))
+        if 'lung zone' in f.places[0] and len(f.places) == 1 and not f.kind:
+            pool.append((_one(rng, (f'Where is the {name}?', f'In which region is the {name}?')), f.places[0], 'open', 'location'))
+        if f.entity not in ('granuloma', 'nodule', 'support device', 'fracture'):
+            pool.append((_one(rng, (f'How severe is the {name}?', f'What is the degree of the {name}?')),
+                         ('mild', 'moderate', 'severe')[_grade(f.severity)], 'open', 'severity'))
         if f.kind: pool.append((_one(rng, ('What device is seen?', 'Which support device is present?')), f.kind, 'open', 'device'))
-        elif len({g.entity for g in findings}) == 1: pool.append((_one(rng, ('What abnormality is seen?', 'Which finding is present?')), f.entity, 'open', 'abnormality'))
-        elif len(f.places) == 1 and sum(f.places[0] in g.places for g in findings) == 1: pool.append((f'What abnormality is seen in the {f.places[0]}?', f.entity, 'open', 'abnormality'))
+        elif len({g.entity for g in findings}) == 1:
+            pool.append((_one(rng, ('What abnormality is seen?', 'Which finding is present?')), f.entity, 'open', 'abnormality'))
+        elif len(f.places) == 1 and sum(f.places[0] in g.places for g in findings) == 1:
+            pool.append((f'What abnormality is seen in the {f.places[0]}?', f.entity, 'open', 'abnormality'))
     devices = {f.kind for f in findings if f.kind}
     pool = [p for p in pool if not (p[3] == 'device' and len(devices) > 1)]
     want = int(rng.integers(3, 6)) - len(out)
@@ -993,7 +1149,8 @@ def hidden_state(config: PhantomConfig, index: int) -> tuple[Body, list[Finding]
 def make_study(config: PhantomConfig, # which phantom
                index: int # 0..n-1
                ) -> Study:
-    "Study `index` of the phantom, the same bytes whoever makes it: `image` uint8 [size, size], report, boxes, labels (truth), entities (report), questions, split."
+    """Study `index` of the phantom, the same bytes whoever makes it: `image` uint8 [size, size], report, boxes, labels (truth), entities
+    (report), questions, split."""
     body, findings, labels = hidden_state(config, index)
     patient, visit, split = _layout(config)
     drawn = render(body, findings, config.size, _rng(config, _PIXELS, index), config.noise, config.clutter, config.contrast)
@@ -1005,8 +1162,10 @@ def make_study(config: PhantomConfig, # which phantom
     notes = {'habitus': body.habitus, 'inspiration': body.inspiration, 'visit': str(int(visit[index])), 'heart_ratio': f'{body.heart:.3f}'}
     for f in findings:
         name = f.kind or f.entity
-        notes |= {f'severity:{name}': f'{f.severity:.3f}', f'place:{name}': '; '.join(f.places), f'said:{name}': {1: 'yes', 0: 'doubt', None: 'no'}[f.said]}
-    return Study(study_id, subject_id, drawn.image, report, entities, regions, relations, boxes, ask(body, findings, labels, study_id, text), labels,
+        notes |= {f'severity:{name}': f'{f.severity:.3f}', f'place:{name}': '; '.join(f.places),
+                  f'said:{name}': {1: 'yes', 0: 'doubt', None: 'no'}[f.said]}
+    return Study(study_id, subject_id, drawn.image, report, entities, regions, relations, boxes,
+                 ask(body, findings, labels, study_id, text), labels,
                  str(split[index]), body.view, body.sex, float(body.age), notes)
 
 # %% ../../nbs/data/14_phantom.ipynb #258a5afb
@@ -1043,7 +1202,8 @@ def _write_cache(folder: Path, studies: Iterable[Study], config: PhantomConfig) 
             images[i] = validate(s).image
             out.write(json.dumps(study_to_dict(s), ensure_ascii=False) + '\n')
     images.flush()
-    meta = {'config': asdict(config), 'source': _source_hash(), 'images_crc': zlib.crc32(images), 'studies_crc': zlib.crc32((folder/'studies.jsonl').read_bytes())}
+    meta = {'config': asdict(config), 'source': _source_hash(), 'images_crc': zlib.crc32(images),
+            'studies_crc': zlib.crc32((folder/'studies.jsonl').read_bytes())}
     (folder/'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
 
 # %% ../../nbs/data/14_phantom.ipynb #52472ac6
@@ -1069,13 +1229,14 @@ def load_phantom(config: PhantomConfig, # which phantom
         temp.chmod(0o755)
         for _ in range(3):
             try: os.rename(temp, folder); break
-            except OSError:                                                              # someone else finished first, or a broken folder is in the way
+            except OSError:  # someone else finished first, or a broken folder is in the way
                 if (studies := _read_cache(folder, config)) is not None: return studies
                 aside = Path(tempfile.mkdtemp(dir=parent, prefix='.broken-'))
                 try: os.rename(folder, aside/'old')
                 except OSError: pass
                 shutil.rmtree(aside, ignore_errors=True)
         studies = _read_cache(folder, config)
-        if studies is None: raise GKError(f'{folder}: the phantom could not be written', 'Check that the folder is writable and the disk not full.')
+        if studies is None:
+            raise GKError(f'{folder}: the phantom could not be written', 'Check that the folder is writable and the disk not full.')
         return studies
     finally: shutil.rmtree(temp, ignore_errors=True)

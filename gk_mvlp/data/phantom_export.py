@@ -42,7 +42,8 @@ def report_sections(report: str) -> tuple[str, str]:
 def mimic_ids(s: Study) -> tuple[str, str, str]:
     "(dicom_id, subject_id, study_id) in MIMIC's form for a phantom study."
     h = hashlib.sha256(s.study_id.encode()).hexdigest()
-    return '-'.join(h[i:i + 8] for i in range(0, 40, 8)), f'1{int(s.subject_id.rsplit("p", 1)[1]):07d}', f'5{int(s.study_id.rsplit("s", 1)[1]):07d}'
+    patient, study = int(s.subject_id.rsplit('p', 1)[1]), int(s.study_id.rsplit('s', 1)[1])
+    return '-'.join(h[i:i + 8] for i in range(0, 40, 8)), f'1{patient:07d}', f'5{study:07d}'
 
 def upright(image: np.ndarray) -> tuple[np.ndarray, int]:
     "(picture with black bars above and below, rows above)."
@@ -62,7 +63,8 @@ def _label(entity: str) -> str:
     return min((lab for lab, es in IMAGENOME_TO_ENTITY.items() if entity in es), key=lambda lab: len(IMAGENOME_TO_ENTITY[lab]))
 
 _CATEGORY = {'support device': 'tubesandlines', 'pneumonia': 'disease'}
-LABEL_OF: dict[str, str] = {e: f'{_CATEGORY.get(e, "anatomicalfinding")}|{{}}|{_label(e)}' for e in dict.fromkeys(e for es in IMAGENOME_TO_ENTITY.values() for e in es)}
+LABEL_OF: dict[str, str] = {e: f'{_CATEGORY.get(e, "anatomicalfinding")}|{{}}|{_label(e)}'
+                            for e in dict.fromkeys(e for es in IMAGENOME_TO_ENTITY.values() for e in es)}
 
 def scene_graph(s: Study) -> dict:
     "The Chest ImaGenome scene graph of a phantom study."
@@ -71,17 +73,22 @@ def scene_graph(s: Study) -> dict:
     for region, box in s.regions.items():
         x0, y0, x1, y1 = upright_box(box, n); k = 224 / round(n * UPRIGHT)
         small = dict(zip(('x1', 'y1', 'x2', 'y2'), (round(v * k) for v in (x0, y0, x1, y1))))
-        objects.append({'object_id': f'{dicom}_{region}', **small, 'width': small['x2'] - small['x1'], 'height': small['y2'] - small['y1'], 'bbox_name': region, 'synsets': [], 'name': region.title(),
-                        'original_x1': x0, 'original_y1': y0, 'original_x2': x1, 'original_y2': y1, 'original_width': x1 - x0, 'original_height': y1 - y0})
+        objects.append({'object_id': f'{dicom}_{region}', **small, 'width': small['x2'] - small['x1'], 'height': small['y2'] - small['y1'],
+                        'bbox_name': region, 'synsets': [], 'name': region.title(),
+                        'original_x1': x0, 'original_y1': y0, 'original_x2': x1, 'original_y2': y1, 'original_width': x1 - x0,
+                        'original_height': y1 - y0})
     said: dict[str, list[str]] = {}
     placed = {e for (_, e), v in s.relations.items() if v == s.entities[e]}
     for (region, e), v in s.relations.items(): said.setdefault(region, []).append(LABEL_OF[e].format('yes' if v > 0 else 'no'))
     for e, v in s.entities.items():
         if v and e not in placed: said.setdefault('unknown', []).append(LABEL_OF[e].format('yes' if v > 0 else 'no'))
-    attributes = [{region: True, 'bbox_name': region, 'synsets': [], 'name': region.title(), 'object_id': f'{dicom}_{region}', 'attributes': [list(dict.fromkeys(a))], 'attributes_ids': [[]], 'phrases': [''], 'phrase_IDs': [''],
-                   'sections': ['finalreport'], 'comparison_cues': [[]], 'temporal_cues': [[]], 'severity_cues': [[]], 'texture_cues': [[]]} for region, a in said.items()]
+    attributes = [{region: True, 'bbox_name': region, 'synsets': [], 'name': region.title(), 'object_id': f'{dicom}_{region}',
+                   'attributes': [list(dict.fromkeys(a))], 'attributes_ids': [[]], 'phrases': [''], 'phrase_IDs': [''],
+                   'sections': ['finalreport'], 'comparison_cues': [[]], 'temporal_cues': [[]], 'severity_cues': [[]], 'texture_cues': [[]]}
+                  for region, a in said.items()]
     decade = int(s.age) // 10 * 10
-    return {'image_id': dicom, 'viewpoint': s.view, 'patient_id': int(subject), 'study_id': int(study), 'gender': s.sex, 'age_decile': f'{decade}-{decade + 10}' if decade < 90 else '>90', 'reason_for_exam': '', 'StudyOrder': 1,
+    return {'image_id': dicom, 'viewpoint': s.view, 'patient_id': int(subject), 'study_id': int(study), 'gender': s.sex,
+            'age_decile': f'{decade}-{decade + 10}' if decade < 90 else '>90', 'reason_for_exam': '', 'StudyOrder': 1,
             'StudyDateTime': '', 'objects': objects, 'attributes': attributes, 'relationships': []}
 
 # %% ../../nbs/data/38_phantom_export.ipynb #df293a77
@@ -90,7 +97,8 @@ def chexpert_cells(s: Study) -> dict[str, str]:
     cell = {1: '1.0', -1: '0.0', 0: '-1.0', None: ''}
     out = {f: cell[s.entities.get(CHEXPERT_TO_ENTITY.get(f.lower(), ''))] for f in CHEXPERT_FINDINGS}
     def union(*names): known = [v for v in map(s.entities.get, names) if v is not None]; return cell[max(known) if known else None]
-    out |= {'Enlarged Cardiomediastinum': union('cardiomegaly', 'mediastinal widening'), 'Lung Lesion': union('nodule', 'mass'), 'Pleural Other': union('pleural thickening')}
+    out |= {'Enlarged Cardiomediastinum': union('cardiomegaly', 'mediastinal widening'), 'Lung Lesion': union('nodule', 'mass'),
+            'Pleural Other': union('pleural thickening')}
     return out | {'No Finding': '1.0' if not any(v == 1 for e, v in s.entities.items() if e != 'support device') else ''}
 
 def write_mimic_study(s: Study, root: Path) -> None:
@@ -99,8 +107,10 @@ def write_mimic_study(s: Study, root: Path) -> None:
     picture = root/'mimic_cxr_jpg'/'files'/folder/f'{dicom}.jpg'; picture.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(upright(s.image)[0]).save(picture, quality=95)
     findings, impression = report_sections(s.report)
-    def block(text): return textwrap.fill(text, 76, initial_indent=' ', subsequent_indent=' ', break_long_words=False, break_on_hyphens=False)
-    text = f'{"FINAL REPORT":>44}\n EXAMINATION:  CHEST ({s.view})\n\n INDICATION:  ___ year old.\n\n FINDINGS:\n\n{block(findings)}\n\n IMPRESSION:\n\n{block(impression)}\n'
+    def block(text):
+        return textwrap.fill(text, 76, initial_indent=' ', subsequent_indent=' ', break_long_words=False, break_on_hyphens=False)
+    text = (f'{"FINAL REPORT":>44}\n EXAMINATION:  CHEST ({s.view})\n\n INDICATION:  ___ year old.\n\n FINDINGS:\n\n{block(findings)}\n\n '
+            f'IMPRESSION:\n\n{block(impression)}\n')
     path = root/'mimic_cxr'/'files'/f'{folder}.txt'; path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding='utf-8')
     path = root/'chest_imagenome'/'silver_dataset'/'scene_graph'/f'{dicom}_SceneGraph.json'; path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +121,10 @@ RSNA_PIXELS = 1024
 RSNA_ENTITIES: tuple[str, ...] = ('pneumonia', 'consolidation', 'lung opacity')
 ENCODINGS: tuple[str, ...] = ('jpeg', 'raw', 'windowed')
 
-def rsna_id(s: Study) -> str: "An id in the challenge's form."; h = hashlib.sha256(f'rsna {s.study_id}'.encode()).hexdigest(); return f'{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:32]}'
+def rsna_id(s: Study) -> str:
+    "An id in the challenge's form."
+    h = hashlib.sha256(f'rsna {s.study_id}'.encode()).hexdigest()
+    return f'{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:32]}'
 
 def rsna_boxes(s: Study) -> list[tuple[int, int, int, int]]:
     "x, y, width, height in pixels of 1024 x 1024 of the study's boxes that RSNA would draw."
@@ -122,23 +135,28 @@ def rsna_boxes(s: Study) -> list[tuple[int, int, int, int]]:
             out.append((x0, y0, x1 - x0, y1 - y0))
     return out
 
-def rsna_class(s: Study) -> str: return 'Lung Opacity' if rsna_boxes(s) else 'No Lung Opacity / Not Normal' if any(s.labels.values()) else 'Normal'
+def rsna_class(s: Study) -> str:
+    return 'Lung Opacity' if rsna_boxes(s) else 'No Lung Opacity / Not Normal' if any(s.labels.values()) else 'Normal'
 
 # %% ../../nbs/data/38_phantom_export.ipynb #f4a0fb52
 def write_rsna_dicom(s: Study, path: Path, encoding: str = 'jpeg') -> None:
     "The study's picture as a DICOM file in one of `ENCODINGS`."
     image = np.asarray(s.image)
     if encoding not in ENCODINGS: raise GKError(f'encoding={encoding!r}', f'Use one of: {", ".join(ENCODINGS)}.')
-    if image.shape != (RSNA_PIXELS, RSNA_PIXELS): raise GKError(f'study {s.study_id!r}: {image.shape[1]}x{image.shape[0]} pixels', f'RSNA pictures have {RSNA_PIXELS}: make the phantom with size={RSNA_PIXELS}.')
+    if image.shape != (RSNA_PIXELS, RSNA_PIXELS):
+        raise GKError(f'study {s.study_id!r}: {image.shape[1]}x{image.shape[0]} pixels',
+                      f'RSNA pictures have {RSNA_PIXELS}: make the phantom with size={RSNA_PIXELS}.')
     ds = pydicom.Dataset(); ds.file_meta = pydicom.dataset.FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit if encoding == 'jpeg' else pydicom.uid.ExplicitVRLittleEndian
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality, ds.BodyPartExamined = pydicom.uid.SecondaryCaptureImageStorage, pydicom.uid.generate_uid(entropy_srcs=[s.study_id]), 'CR', 'CHEST'
-    ds.PatientID, ds.PatientSex, ds.PatientAge, ds.ViewPosition, ds.Rows, ds.Columns = rsna_id(s), s.sex, f'{int(s.age):03d}Y', s.view, *image.shape
+    ds.SOPClassUID, ds.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, pydicom.uid.generate_uid(entropy_srcs=[s.study_id])
+    ds.PatientID, ds.PatientSex, ds.PatientAge = rsna_id(s), s.sex, f'{int(s.age):03d}Y'
+    ds.Modality, ds.BodyPartExamined, ds.ViewPosition, (ds.Rows, ds.Columns) = 'CR', 'CHEST', s.view, image.shape
     bits = 12 if encoding == 'windowed' else 8
     ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 1, 16 if bits == 12 else 8, bits, bits - 1, 0
     ds.PhotometricInterpretation = 'MONOCHROME1' if bits == 12 else 'MONOCHROME2'
     if encoding == 'windowed':
-        ds.PixelData = ((255 - image.astype('<u2')) * 16).tobytes(); ds.WindowCenter, ds.WindowWidth = 2040.5, 4081      # 0..4080 fills the window
+        # 0..4080 fills the window
+        ds.PixelData = ((255 - image.astype('<u2')) * 16).tobytes(); ds.WindowCenter, ds.WindowWidth = 2040.5, 4081
     elif encoding == 'raw': ds.PixelData = image.tobytes()
     else:
         f = io.BytesIO(); Image.fromarray(image).save(f, 'JPEG', quality=95)
@@ -147,7 +165,8 @@ def write_rsna_dicom(s: Study, path: Path, encoding: str = 'jpeg') -> None:
     ds.save_as(path, enforce_file_format=True)
 
 # %% ../../nbs/data/38_phantom_export.ipynb #6262d902
-QUESTION_TYPES: dict[str, str] = {'presence': 'PRES', 'view': 'PLANE', 'size': 'SIZE', 'abnormality': 'ABN', 'side': 'POS', 'location': 'POS', 'severity': 'ATTRIB', 'device': 'OTHER'}
+QUESTION_TYPES: dict[str, str] = {'presence': 'PRES', 'view': 'PLANE', 'size': 'SIZE', 'abnormality': 'ABN', 'side': 'POS',
+                                  'location': 'POS', 'severity': 'ATTRIB', 'device': 'OTHER'}
 
 def write_iu_picture(s: Study, root: Path) -> None:
     path = root/'iu_xray'/'images'/s.study_id/'0.png'; path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,8 +179,11 @@ def write_vqa_picture(s: Study, root: Path) -> None:
 def vqa_records(studies: Iterable[Study]) -> list[dict]:
     "Records of the official file, numbered in order; a test patient's are 'test_freeform'."
     rows = [(s, q) for s in studies for q in s.qa]
-    return [{'qid': i, 'phrase_type': 'test_freeform' if s.split == 'test' else 'freeform', 'qid_linked_id': f'{i:032x}', 'image_case_url': 'NULL', 'image_name': f'{s.study_id}.jpg', 'image_organ': 'CHEST', 'evaluation': 'given',
-             'question': q.question, 'question_rephrase': 'NULL', 'question_relation': 'NULL', 'question_frame': 'NULL', 'question_type': QUESTION_TYPES[q.question_type], 'answer': q.answer, 'answer_type': q.answer_type.upper()} for i, (s, q) in enumerate(rows)]
+    return [{'qid': i, 'phrase_type': 'test_freeform' if s.split == 'test' else 'freeform', 'qid_linked_id': f'{i:032x}',
+             'image_case_url': 'NULL', 'image_name': f'{s.study_id}.jpg', 'image_organ': 'CHEST', 'evaluation': 'given',
+             'question': q.question, 'question_rephrase': 'NULL', 'question_relation': 'NULL', 'question_frame': 'NULL',
+             'question_type': QUESTION_TYPES[q.question_type], 'answer': q.answer, 'answer_type': q.answer_type.upper()}
+            for i, (s, q) in enumerate(rows)]
 
 # %% ../../nbs/data/38_phantom_export.ipynb #46b715f5
 FORMATS: tuple[str, ...] = ('mimic_cxr', 'rsna', 'iu_xray', 'vqa_rad')
@@ -181,12 +203,16 @@ def _write_csv(path: Path, head: Sequence[str], rows: Iterable[Sequence]) -> Non
 
 def _mimic_tables(studies: list[Study], root: Path, size: int) -> None:
     jpg, ids = root/'mimic_cxr_jpg', [(s, *mimic_ids(s)) for s in studies]
-    _write_csv(jpg/'mimic-cxr-2.0.0-metadata.csv', ('dicom_id', 'subject_id', 'study_id', 'PerformedProcedureStepDescription', 'ViewPosition', 'Rows', 'Columns'),
+    _write_csv(jpg/'mimic-cxr-2.0.0-metadata.csv',
+               ('dicom_id', 'subject_id', 'study_id', 'PerformedProcedureStepDescription', 'ViewPosition', 'Rows', 'Columns'),
                ((d, p, t, 'CHEST, 1 VIEW', s.view, round(size * UPRIGHT), size) for s, d, p, t in ids))
-    _write_csv(jpg/'mimic-cxr-2.0.0-split.csv', ('dicom_id', 'study_id', 'subject_id', 'split'), ((d, t, p, {'val': 'validate'}.get(s.split, s.split)) for s, d, p, t in ids))
-    _write_csv(jpg/'mimic-cxr-2.0.0-chexpert.csv', ('subject_id', 'study_id', *CHEXPERT_FINDINGS), ((p, t, *chexpert_cells(s).values()) for s, d, p, t in ids))
+    _write_csv(jpg/'mimic-cxr-2.0.0-split.csv', ('dicom_id', 'study_id', 'subject_id', 'split'),
+               ((d, t, p, {'val': 'validate'}.get(s.split, s.split)) for s, d, p, t in ids))
+    _write_csv(jpg/'mimic-cxr-2.0.0-chexpert.csv', ('subject_id', 'study_id', *CHEXPERT_FINDINGS),
+               ((p, t, *chexpert_cells(s).values()) for s, d, p, t in ids))
     for split, name in (('train', 'train'), ('val', 'valid'), ('test', 'test')):
-        _write_csv(root/'chest_imagenome'/'silver_dataset'/'splits'/f'{name}.csv', ('', 'subject_id', 'study_id', 'dicom_id', 'path', 'ViewPosition'),
+        _write_csv(root/'chest_imagenome'/'silver_dataset'/'splits'/f'{name}.csv',
+                   ('', 'subject_id', 'study_id', 'dicom_id', 'path', 'ViewPosition'),
                    ((i, p, t, d, '', s.view) for i, (s, d, p, t) in enumerate(x for x in ids if x[0].split == split)))
 
 # %% ../../nbs/data/38_phantom_export.ipynb #d4ae75bd
@@ -207,13 +233,18 @@ def export_phantom(config: PhantomConfig, # which phantom; its size is the width
     if 'mimic_cxr' in formats: _mimic_tables(studies, root, config.size)
     if 'rsna' in formats:
         boxes = [(rsna_id(s), rsna_boxes(s), rsna_class(s)) for s in studies]
-        _write_csv(root/'rsna_pneumonia'/'stage_2_detailed_class_info.csv', ('patientId', 'class'), ((i, c) for i, b, c in boxes for _ in b or [0]))
-        _write_csv(root/'rsna_pneumonia'/'stage_2_train_labels.csv', ('patientId', 'x', 'y', 'width', 'height', 'Target'), ((i, *map(float, xywh), 1) if xywh else (i, '', '', '', '', 0) for i, b, _ in boxes for xywh in b or [()]))
+        _write_csv(root/'rsna_pneumonia'/'stage_2_detailed_class_info.csv', ('patientId', 'class'),
+                   ((i, c) for i, b, c in boxes for _ in b or [0]))
+        _write_csv(root/'rsna_pneumonia'/'stage_2_train_labels.csv', ('patientId', 'x', 'y', 'width', 'height', 'Target'),
+                   ((i, *map(float, xywh), 1) if xywh else (i, '', '', '', '', 0) for i, b, _ in boxes for xywh in b or [()]))
     if 'iu_xray' in formats:
-        record = {split: [{'id': s.study_id, 'report': report_sections(s.report)[0], 'image_path': [f'{s.study_id}/0.png'], 'split': split} for s in studies if s.split == split] for split in ('train', 'val', 'test')}
+        record = {split: [{'id': s.study_id, 'report': report_sections(s.report)[0], 'image_path': [f'{s.study_id}/0.png'], 'split': split}
+                          for s in studies if s.split == split] for split in ('train', 'val', 'test')}
         write_json(root/'iu_xray'/'annotation.json', record)
     if 'vqa_rad' in formats:
-        rows = vqa_records(studies); keys = ('qid', 'image_name', 'image_organ', 'answer', 'answer_type', 'question_type', 'question', 'phrase_type')
+        rows = vqa_records(studies)
+        keys = ('qid', 'image_name', 'image_organ', 'answer', 'answer_type', 'question_type', 'question', 'phrase_type')
         write_json(root/'vqa_rad'/'VQA_RAD Dataset Public.json', rows)
-        for name, test in (('trainset.json', False), ('testset.json', True)): write_json(root/'vqa_rad'/name, [{k: r[k] for k in keys} for r in rows if (r['phrase_type'] == 'test_freeform') == test])
+        for name, test in (('trainset.json', False), ('testset.json', True)):
+            write_json(root/'vqa_rad'/name, [{k: r[k] for k in keys} for r in rows if (r['phrase_type'] == 'test_freeform') == test])
     return studies

@@ -92,8 +92,10 @@ class PictureCache:
         try:
             if shard not in self._maps: self._maps[shard] = np.load(self.folder/f'{shard}.npy', mmap_mode='r', allow_pickle=False)
             x = np.array(self._maps[shard][row])
-        except (OSError, ValueError, IndexError) as err: raise GKError(f'{self.folder/shard}.npy: cannot be read ({err})', 'Remove this file; it is made again.') from err
-        if zlib.crc32(x) != crc: raise GKError(f'{self.folder/shard}.npy: row {row} fails its checksum', 'Remove this file; it is made again.')
+        except (OSError, ValueError, IndexError) as err:
+            raise GKError(f'{self.folder/shard}.npy: cannot be read ({err})', 'Remove this file; it is made again.') from err
+        if zlib.crc32(x) != crc:
+            raise GKError(f'{self.folder/shard}.npy: row {row} fails its checksum', 'Remove this file; it is made again.')
         return x, Frame(width, height, self.size)
 
 # %% ../../nbs/data/39_picture_cache.ipynb #3c967cc2
@@ -105,7 +107,8 @@ def _read_lists(self: PictureCache) -> None:
         except GKError: continue                                        # half a list of a broken disk: its pictures are made again
         if p.name.startswith('paths-'):
             for k, (n, mtime, content) in rows.items(): self.known.setdefault(k, {})[n, mtime] = content
-        elif (self.folder/f'{p.stem}.npy').is_file(): self.rows |= {r['sha256']: (p.stem, i, r['width'], r['height'], r['crc']) for i, r in enumerate(rows)}
+        elif (self.folder/f'{p.stem}.npy').is_file():
+            self.rows |= {r['sha256']: (p.stem, i, r['width'], r['height'], r['crc']) for i, r in enumerate(rows)}
 
 @patch
 def batch(self: PictureCache, paths: Sequence[str | Path]) -> tuple[np.ndarray, list[Frame]]:
@@ -134,11 +137,13 @@ def add(self: PictureCache, files: Iterable[str | Path], # picture files
     make = partial(_make_shard, folder=self.folder, size=self.size)
     if workers <= 1 or len(parts) <= 1: done = [make(t) for t in tqdm(parts, 'decode', disable=quiet)]
     else:
-        with ProcessPoolExecutor(min(workers, len(parts))) as pool: done = list(tqdm(pool.map(make, parts), 'decode', len(parts), disable=quiet))
+        with ProcessPoolExecutor(min(workers, len(parts))) as pool:
+            done = list(tqdm(pool.map(make, parts), 'decode', len(parts), disable=quiet))
     broken = gone + [b for _, bs in done for b in bs]
     lost = {p for p, _ in broken}
     paths = {os.path.abspath(p): [*st, k] for p, st, k in zip(todo, stats, keys, strict=True) if str(p) not in lost}
     if paths: write_json(self.folder/f'paths-{hashlib.sha256(json.dumps(paths).encode()).hexdigest()[:20]}.json', paths)
     self._read_lists()
-    if broken and bad == 'raise': raise GKError(f'{broken[0][1]} ({len(broken)} broken or missing pictures)', 'Replace them, or use bad="skip".')
+    if broken and bad == 'raise':
+        raise GKError(f'{broken[0][1]} ({len(broken)} broken or missing pictures)', 'Replace them, or use bad="skip".')
     if broken: warnings.warn(f'{self.folder.name}: left out {len(broken)} broken or missing pictures', stacklevel=2)

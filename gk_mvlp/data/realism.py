@@ -41,7 +41,8 @@ def radial_spectrum(pictures: Iterable[np.ndarray] # [S, S] each, all of one siz
     "(f [S/2 - 1] in cycles per picture, mean over pictures of log10 P(f)); pictures without any contrast are left out."
     logs, n = [], 0
     for x in pictures:
-        if x.ndim != 2 or x.shape[0] != x.shape[1] or n not in (0, len(x)): raise GKError(f'radial_spectrum got a picture of {list(x.shape)}', 'Give squares of one size.')
+        if x.ndim != 2 or x.shape[0] != x.shape[1] or n not in (0, len(x)):
+            raise GKError(f'radial_spectrum got a picture of {list(x.shape)}', 'Give squares of one size.')
         if not n:
             n = len(x); window = np.hanning(n)[:, None] * np.hanning(n); u = np.fft.fftfreq(n, 1 / n)
             ring = np.rint(np.hypot(u[:, None], u)).astype(int); count = np.bincount(ring.ravel())

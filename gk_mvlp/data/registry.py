@@ -33,7 +33,8 @@ from ..paths import GKError, atomic_write, read_text, write_json
 # %% ../../nbs/data/19_registry.ipynb #535f0b6d
 @dataclass(frozen=True)
 class Entry:
-    "A registered data set: its loader (or 'module:function'), and whether its splits keep patients apart ('patient') or only questions ('question')."
+    """A registered data set: its loader (or 'module:function'), and whether its splits keep patients apart ('patient') or only questions
+    ('question')."""
     name: str
     loader: Callable | str
     split_by: str = 'patient'
@@ -66,10 +67,13 @@ def register(name: str, # how run files will call it
              ):
     "Add a data set: `@register('mine')` above a function, or `register('mine', function)`."
     if loader is None: return lambda f: register(name, f, split_by, replace)
-    if not isinstance(name, str) or not name.replace('_', '').replace('-', '').isalnum(): raise GKError(f'data set name {name!r}', 'Use letters, digits, - and _.')
-    if name in _REGISTRY and not replace: raise GKError(f'data set {name!r} is already registered', 'Choose another name, or pass replace=True.')
+    if not isinstance(name, str) or not name.replace('_', '').replace('-', '').isalnum():
+        raise GKError(f'data set name {name!r}', 'Use letters, digits, - and _.')
+    if name in _REGISTRY and not replace:
+        raise GKError(f'data set {name!r} is already registered', 'Choose another name, or pass replace=True.')
     if split_by not in ('patient', 'question'): raise GKError(f'split_by={split_by!r}', 'Use patient or question.')
-    if not callable(loader): raise GKError(f'data set {name!r}: the loader is a {type(loader).__name__}', 'Give a function (root, **options) -> list[Study].')
+    if not callable(loader):
+        raise GKError(f'data set {name!r}: the loader is a {type(loader).__name__}', 'Give a function (root, **options) -> list[Study].')
     _REGISTRY[name] = Entry(name, loader, split_by)
     return loader
 
@@ -122,7 +126,7 @@ class HashCache:
         "Take in what is there, also what others have written since."
         for p in sorted(self.folder.glob('*.json'), key=lambda p: p.stat().st_mtime_ns):        # of two entries the later one
             try: self.known |= read_json(p)
-            except GKError: continue                                             # half a file of a broken disk: its pictures are hashed again
+            except GKError: continue  # half a file of a broken disk: its pictures are hashed again
 
     def __getitem__(self, path: str | Path) -> str:
         size, mtime, h = self.known.get(os.path.abspath(path), (None, None, ''))
@@ -197,7 +201,9 @@ def picture_hashes(studies: Sequence[Study], # with pictures
     known = _file_hashes([s.image for s in studies if isinstance(s.image, str | os.PathLike)], bad, progress, cache_dir)
     out = []
     for s in studies:
-        try: out.append('' if s.image is None else known[s.image] if isinstance(s.image, str | os.PathLike) else picture_hash(load_image(s.image)))
+        try:
+            out.append('' if s.image is None else known[s.image]
+                       if isinstance(s.image, str | os.PathLike) else picture_hash(load_image(s.image)))
         except GKError:
             if bad != 'skip': raise
             out.append('')
@@ -207,7 +213,8 @@ def _check_pictures(studies: list[Study], bad: str, name: str, check_split: bool
     "Studies with whole pictures; no picture in two splits unless the data set is split by question."
     hashes = picture_hashes(studies, bad, cache_dir=cache_dir)
     kept = [(s, h) for s, h in zip(studies, hashes, strict=True) if h or s.image is None]
-    if len(kept) < len(studies): warnings.warn(f'{name}: left out {len(studies) - len(kept)} of {len(studies)} studies with a broken picture', stacklevel=3)
+    if len(kept) < len(studies):
+        warnings.warn(f'{name}: left out {len(studies) - len(kept)} of {len(studies)} studies with a broken picture', stacklevel=3)
     if not kept: raise GKError(f'{name}: no study has a whole picture', 'Check the data root.')
     if check_split:
         seen = [(s, h) for s, h in kept if h]
@@ -232,7 +239,8 @@ def assign_splits(studies: list[Study], fractions: dict[str, float] | None = Non
     fractions = dict(fractions or FRACTIONS)
     have = {s.split for s in studies}
     if have == {''}: todo, parts = studies, fractions
-    elif '' in have: raise GKError(f'{sum(s.split == "" for s in studies)} of {len(studies)} studies have no split while others do', 'Set all or none.')
+    elif '' in have:
+        raise GKError(f'{sum(s.split == "" for s in studies)} of {len(studies)} studies have no split while others do', 'Set all or none.')
     elif 'train' in have and 'val' not in have and fractions.get('val') and fractions.get('train'):
         total = fractions['train'] + fractions['val']
         todo, parts = [s for s in studies if s.split == 'train'], {'train': fractions['train'] / total, 'val': fractions['val'] / total}
@@ -243,7 +251,8 @@ def assign_splits(studies: list[Study], fractions: dict[str, float] | None = Non
 def split_together(*groups: list[Study], fractions: dict[str, float] | None = None, seed: int = 0) -> None:
     "One split for several data sets that share patients: a patient is in the same split in all of them. Changes the studies in place."
     studies = [s for g in groups for s in g]
-    for s, part in zip(studies, split_by_patient([s.subject_id for s in studies], fractions or FRACTIONS, seed), strict=True): s.split = str(part)
+    for s, part in zip(studies, split_by_patient([s.subject_id for s in studies], fractions or FRACTIONS, seed), strict=True):
+        s.split = str(part)
 
 # %% ../../nbs/data/19_registry.ipynb #0a03ce64
 def save_split_lists(folder: str | Path, studies: Sequence[Study], **about) -> None:
@@ -254,7 +263,8 @@ def save_split_lists(folder: str | Path, studies: Sequence[Study], **about) -> N
     for split, group in sorted(parts.items()):
         text = ''.join(f'{i}\n' for i in sorted(s.study_id for s in group))
         with atomic_write(folder/f'{split}.txt') as f: f.write(text)
-        summary[split] = {'studies': len(group), 'patients': len({s.subject_id for s in group}), 'sha256': hashlib.sha256(text.encode()).hexdigest()}
+        summary[split] = {'studies': len(group), 'patients': len({s.subject_id for s in group}),
+                          'sha256': hashlib.sha256(text.encode()).hexdigest()}
     write_json(folder/'splits.json', {'about': about, 'splits': summary})           # last: a folder with it is whole
 
 def apply_split_lists(folder: str | Path, studies: Sequence[Study], bad: str = 'raise') -> None:
@@ -262,13 +272,19 @@ def apply_split_lists(folder: str | Path, studies: Sequence[Study], bad: str = '
     folder, where = Path(folder), {}
     summary = read_json(folder/'splits.json')
     try: parts = {split: (read_text(folder/f'{split}.txt'), v['sha256']) for split, v in summary['splits'].items()}
-    except (KeyError, TypeError, AttributeError) as err: raise GKError(f'{folder}/splits.json: not a summary of split lists ({err})', 'Remove the folder to draw the split again.') from err
+    except (KeyError, TypeError, AttributeError) as err:
+        raise GKError(f'{folder}/splits.json: not a summary of split lists ({err})', 'Remove the folder to draw the split again.') from err
     for split, (text, digest) in parts.items():
-        if hashlib.sha256(text.encode()).hexdigest() != digest: raise GKError(f'{folder}/{split}.txt: changed since it was written', 'Restore it, or remove the folder to draw the split again.')
+        if hashlib.sha256(text.encode()).hexdigest() != digest:
+            raise GKError(f'{folder}/{split}.txt: changed since it was written',
+                          'Restore it, or remove the folder to draw the split again.')
         for i in text.splitlines():
-            if where.setdefault(i, split) != split: raise GKError(f'{folder}: study {i!r} is in {where[i]}.txt and {split}.txt', 'Keep one.')
+            if where.setdefault(i, split) != split:
+                raise GKError(f'{folder}: study {i!r} is in {where[i]}.txt and {split}.txt', 'Keep one.')
     unknown = [s.study_id for s in studies if s.study_id not in where]
-    if unknown: raise GKError(f'{folder}: no list holds study {unknown[0]!r} ({len(unknown)} such studies)', 'The lists are of other data; use another folder.')
+    if unknown:
+        raise GKError(f'{folder}: no list holds study {unknown[0]!r} ({len(unknown)} such studies)',
+                      'The lists are of other data; use another folder.')
     if gone := len(where) - len({s.study_id for s in studies}):
         if bad != 'skip': raise GKError(f'{folder}: {gone} listed studies were not loaded', 'Complete the data, or load with bad="skip".')
         warnings.warn(f'{folder}: {gone} listed studies were not loaded', stacklevel=3)
@@ -285,28 +301,37 @@ def load_dataset(name: str, # see `dataset_names()`
                  cache_dir: str | Path | None = None, # keeps what that found (and a phantom's pictures) for the next call
                  **options # the loader's own, see `dataset_options(name)`
                  ) -> list[Study]:
-    "Checked studies with a split each, or a `GKError`. Study ids are unique; no patient is in two splits unless the data set is split by question, or by picture on request."
+    """Checked studies with a split each, or a `GKError`. Study ids are unique; no patient is in two splits unless the data set is split
+    by question, or by picture on request."""
     entry, loader, takes = _loader(name)
     known = takes - set(_SHARED)
-    if unknown := sorted(set(options) - known): raise GKError(f'data set {name!r} has no option {unknown[0]!r}', f'Its options: {", ".join(sorted(known)) or "none"}.')
-    own = {'split_seed': split_seed, 'fractions': fractions} | ({'cache_dir': cache_dir} if cache_dir is not None else {})    # a loader that makes splits itself gets the same wishes
+    if unknown := sorted(set(options) - known):
+        raise GKError(f'data set {name!r} has no option {unknown[0]!r}', f'Its options: {", ".join(sorted(known)) or "none"}.')
+    # a loader that makes splits itself gets the same wishes
+    own = {'split_seed': split_seed, 'fractions': fractions} | ({'cache_dir': cache_dir} if cache_dir is not None else {})
     studies = loader(root, **options, **{k: v for k, v in own.items() if k in takes})
-    if not isinstance(studies, list) or not studies or not all(isinstance(s, Study) for s in studies): raise GKError(f'data set {name!r}: the loader did not return a list with studies', 'Return list[Study].')
+    if not isinstance(studies, list) or not studies or not all(isinstance(s, Study) for s in studies):
+        raise GKError(f'data set {name!r}: the loader did not return a list with studies', 'Return list[Study].')
     ids: set[str] = set()
     for s in studies:
         validate(s)
         if s.study_id in ids: raise GKError(f'{name}: study id {s.study_id!r} repeats', 'Give every study its own id.')
         ids.add(s.study_id)
     by_question = entry.split_by == 'question' and options.get('split_by', 'official') == 'official' or options.get('split_by') == 'picture'
-    if split_lists is not None and (Path(split_lists)/'splits.json').is_file(): apply_split_lists(split_lists, studies, options.get('bad', 'raise'))
+    if split_lists is not None and (Path(split_lists)/'splits.json').is_file():
+        apply_split_lists(split_lists, studies, options.get('bad', 'raise'))
     else:
         assign_splits(studies, fractions, split_seed)
-        if split_lists is not None: save_split_lists(split_lists, studies, dataset=name, split_seed=split_seed, fractions=fractions, options={k: str(v) for k, v in sorted(options.items())})
+        if split_lists is not None:
+            save_split_lists(split_lists, studies, dataset=name, split_seed=split_seed, fractions=fractions,
+                             options={k: str(v) for k, v in sorted(options.items())})
     if not by_question: check_splits([s.subject_id for s in studies], [s.split for s in studies], name=name)
-    if check_pictures and name != 'phantom': studies = _check_pictures(studies, options.get('bad', 'raise'), name, not by_question, cache_dir)
+    if check_pictures and name != 'phantom':
+        studies = _check_pictures(studies, options.get('bad', 'raise'), name, not by_question, cache_dir)
     if split is None: return studies
     chosen = [s for s in studies if s.split == split]
-    if not chosen: raise GKError(f'data set {name!r} has no split {split!r}', f'Its splits: {", ".join(sorted({s.split for s in studies}))}.')
+    if not chosen:
+        raise GKError(f'data set {name!r} has no split {split!r}', f'Its splits: {", ".join(sorted({s.split for s in studies}))}.')
     return chosen
 
 # %% ../../nbs/data/19_registry.ipynb #58f350bb
@@ -321,9 +346,11 @@ def data_fingerprint(studies: Sequence[Study],
         d['report'] = hashlib.sha256(s.report.encode()).hexdigest()
         d['relations'] = sorted(d['relations'])
         d.pop('attributes')                                   # may hold paths
-        d['other_views'] = [[p.name, p.stat().st_size if pictures == 'size' else hashlib.sha256(p.read_bytes()).hexdigest()] for p in s.other_views]
+        d['other_views'] = [[p.name, p.stat().st_size if pictures == 'size' else hashlib.sha256(p.read_bytes()).hexdigest()]
+                            for p in s.other_views]
         if s.image is None: d['image'] = ''
-        elif isinstance(s.image, Path): d['image'] = [s.image.name, s.image.stat().st_size if pictures == 'size' else hashlib.sha256(s.image.read_bytes()).hexdigest()]
+        elif isinstance(s.image, Path):
+            d['image'] = [s.image.name, s.image.stat().st_size if pictures == 'size' else hashlib.sha256(s.image.read_bytes()).hexdigest()]
         else: d['image'] = picture_hash(s.image)
         lines.append(json.dumps(d, sort_keys=True, ensure_ascii=True, default=float))
     return hashlib.sha256('\n'.join(sorted(lines)).encode()).hexdigest()

@@ -32,7 +32,8 @@ def read_rsna_labels(path: Path # stage_2_train_labels.csv
         where, pid = f'{path}: line {r[""]}', r['patientId']
         xywh = [number(r, c, path) for c in ('x', 'y', 'width', 'height')]
         has_box = any(v is not None for v in xywh)
-        if not pid or r['Target'] not in ('0', '1') or has_box != (r['Target'] == '1'): raise GKError(f'{where}: Target {r["Target"]!r} with box {xywh}', 'Target is 1 with a box and 0 without.')
+        if not pid or r['Target'] not in ('0', '1') or has_box != (r['Target'] == '1'):
+            raise GKError(f'{where}: Target {r["Target"]!r} with box {xywh}', 'Target is 1 with a box and 0 without.')
         target, boxes = out.setdefault(pid, (int(r['Target']), []))
         if target != int(r['Target']): raise GKError(f'{where}: {pid} is both positive and negative', 'Keep one.')
         if has_box: boxes.append(FindingBox('pneumonia', box_xywh(xywh, (_PIXELS, _PIXELS), where)))
@@ -47,13 +48,16 @@ def rsna_split(ids: Sequence[str], # patientId of every picture with a stage-2 t
                protocol: str = '70/15/15', # of `PROTOCOLS`
                seed: int = 0
                ) -> dict[str, str]:
-    "{patientId: 'train', 'val' or 'test'} ('test' only with 70/15/15: the other protocol's test pictures are a set of their own). The order of `ids` does not matter."
+    """{patientId: 'train', 'val' or 'test'} ('test' only with 70/15/15: the other protocol's test pictures are a set of their own). The
+    order of `ids` does not matter."""
     if protocol not in PROTOCOLS: raise GKError(f'RSNA protocol {protocol!r}', f'Use one of: {", ".join(PROTOCOLS)}.')
     share = {'train': .70, 'val': .15, 'test': .15} if protocol == PROTOCOLS[0] else {'train': 1 - _VAL_SHARE, 'val': _VAL_SHARE}
     if subjects is not None: return dict(zip(ids, map(str, split_by_patient(subjects, share, seed)), strict=True))
     order = sorted(ids)
     rest = max(2, round(len(order) * (1 - share['train'])))
-    if protocol == PROTOCOLS[1]: return {i: s for s, part in zip(('train', 'val'), train_test_split(order, test_size=rest, random_state=seed), strict=True) for i in part}
+    if protocol == PROTOCOLS[1]:
+        return {i: s for s, part in zip(('train', 'val'), train_test_split(order, test_size=rest, random_state=seed), strict=True)
+                for i in part}
     train, rest = train_test_split(order, test_size=.3, random_state=seed)
     test, val = train_test_split(rest, test_size=.5, random_state=seed)
     return {i: s for s, part in (('train', train), ('val', val), ('test', test)) for i in part}
@@ -68,11 +72,16 @@ def read_rsna_header(path: Path, patient_id: str) -> dict:
             warnings.simplefilter('ignore')                          # the challenge writes ages as '58', which is not DICOM's '058Y'
             ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
             ds = {k: ds.get(k) for k in _TAGS}
-    except Exception as err: raise GKError(f'{path}: no DICOM header ({type(err).__name__}: {err})', 'Download it again.') from err          # pydicom raises many kinds
-    if ds['PatientID'] and str(ds['PatientID']) != patient_id: raise GKError(f'{path}: the header says patient {str(ds["PatientID"])!r}', 'The file is named after another picture.')
-    if (ds['Rows'], ds['Columns']) != (_PIXELS, _PIXELS): raise GKError(f'{path}: {ds["Columns"]}x{ds["Rows"]} pixels, but the boxes are in pixels of {_PIXELS}x{_PIXELS}', 'Use the pictures of the challenge.')
+    except Exception as err: # pydicom raises many kinds
+        raise GKError(f'{path}: no DICOM header ({type(err).__name__}: {err})', 'Download it again.') from err
+    if ds['PatientID'] and str(ds['PatientID']) != patient_id:
+        raise GKError(f'{path}: the header says patient {str(ds["PatientID"])!r}', 'The file is named after another picture.')
+    if (ds['Rows'], ds['Columns']) != (_PIXELS, _PIXELS):
+        raise GKError(f'{path}: {ds["Columns"]}x{ds["Rows"]} pixels, but the boxes are in pixels of {_PIXELS}x{_PIXELS}',
+                      'Use the pictures of the challenge.')
     age = re.fullmatch(r'0*(\d{1,3})Y?', str(ds['PatientAge'] or ''))
-    return {'sex': ds['PatientSex'] if ds['PatientSex'] in ('M', 'F') else '', 'age': float(age[1]) if age and int(age[1]) <= 120 else None, 'view': str(ds['ViewPosition'] or '')}
+    return {'sex': ds['PatientSex'] if ds['PatientSex'] in ('M', 'F') else '', 'age': float(age[1]) if age and int(age[1]) <= 120 else None,
+            'view': str(ds['ViewPosition'] or '')}
 
 # %% ../../nbs/data/16_rsna.ipynb #939e7da9
 _MATCH = ('patientId', 'nih_image_index', 'detailed_class', 'Target', 'n_boxes', 'nih_chestxray14_path')
@@ -84,7 +93,9 @@ def _read_matches(path: Path, truth: dict) -> dict[str, dict[str, str]]:
     for pid, r in rows.items():
         if pid not in truth: raise GKError(f'{path}: line {r[""]}: {pid} is not in the label table', 'Use the tables of one release.')
         target, boxes = truth[pid]
-        if (r['Target'], r['n_boxes']) != (str(target), str(len(boxes))): raise GKError(f'{path}: line {r[""]}: Target {r["Target"]} and {r["n_boxes"]} boxes, but the labels say {target} and {len(boxes)}', 'Use the tables of one release.')
+        if (r['Target'], r['n_boxes']) != (str(target), str(len(boxes))):
+            raise GKError(f'{path}: line {r[""]}: Target {r["Target"]} and {r["n_boxes"]} boxes, but the labels say {target} and '
+                          f'{len(boxes)}', 'Use the tables of one release.')
     return rows
 
 MAPPING = 'pneumonia-challenge-dataset-mappings_2018.json'                        # public, of RSNA; entries have more fields than these two
@@ -93,22 +104,27 @@ def read_rsna_mapping(path: Path) -> dict[str, str]:
     "{patientId: name of its NIH picture} of `MAPPING`, or a `GKError`."
     out, rows = {}, read_json(path)
     try: pairs = [(r['subset_img_id'], r['img_id']) for r in (rows if isinstance(rows, list) else None)]
-    except (TypeError, KeyError) as err: raise GKError(f'{path}: not the mapping of RSNA ({type(err).__name__}: {err})', 'It is a list of entries with subset_img_id and img_id; download it again.') from err
+    except (TypeError, KeyError) as err:
+        raise GKError(f'{path}: not the mapping of RSNA ({type(err).__name__}: {err})',
+                      'It is a list of entries with subset_img_id and img_id; download it again.') from err
     for pid, name in pairs:
-        if not isinstance(pid, str) or not isinstance(name, str): raise GKError(f'{path}: {pid!r} is NIH picture {name!r}', 'Download it again.')
+        if not isinstance(pid, str) or not isinstance(name, str):
+            raise GKError(f'{path}: {pid!r} is NIH picture {name!r}', 'Download it again.')
         nih_patient(name, f'{path}: {pid}')
         if out.setdefault(pid, name) != name: raise GKError(f'{path}: {pid} is both {out[pid]} and {name}', 'Download it again.')
     return out
 
 # %% ../../nbs/data/16_rsna.ipynb #a1f0c3d2
 def read_detailed_classes(path: Path, truth: dict) -> dict[str, str]:
-    "{patientId: one of `DETAILED`} of stage_2_detailed_class_info.csv (one row per box), checked against the labels: 'Lung Opacity' is Target 1."
+    """{patientId: one of `DETAILED`} of stage_2_detailed_class_info.csv (one row per box), checked against the labels: 'Lung Opacity' is
+    Target 1."""
     out: dict[str, str] = {}
     for r in read_table(path, ('patientId', 'class')):
         pid, name = r['patientId'], r['class']
         if name not in DETAILED: raise GKError(f'{path}: line {r[""]}: class {name!r}', f'Classes: {", ".join(DETAILED)}.')
         if out.setdefault(pid, name) != name: raise GKError(f'{path}: line {r[""]}: {pid} is both {out[pid]!r} and {name!r}', 'Keep one.')
-        if pid in truth and (name == 'Lung Opacity') != (truth[pid][0] == 1): raise GKError(f'{path}: line {r[""]}: {pid} is {name!r} with Target {truth[pid][0]}', 'Use the tables of one release.')
+        if pid in truth and (name == 'Lung Opacity') != (truth[pid][0] == 1):
+            raise GKError(f'{path}: line {r[""]}: {pid} is {name!r} with Target {truth[pid][0]}', 'Use the tables of one release.')
     return out
 
 def _tables(folder: Path, protocol: str) -> tuple[dict, set[str]]:
@@ -116,9 +132,13 @@ def _tables(folder: Path, protocol: str) -> tuple[dict, set[str]]:
     truth, test = read_rsna_labels(folder/'stage_2_train_labels.csv'), {}
     if protocol == PROTOCOLS[1]:
         path = folder/'stage_2_test_labels.csv'
-        if not path.is_file(): raise GKError(f'{path}: missing, and protocol {protocol} tests on it', 'Make it from the annotations that RSNA published after the challenge, with the columns of stage_2_train_labels.csv.')
+        if not path.is_file():
+            raise GKError(f'{path}: missing, and protocol {protocol} tests on it',
+                          'Make it from the annotations that RSNA published after the challenge, with the columns of '
+                          'stage_2_train_labels.csv.')
         test = read_rsna_labels(path)
-        if both := sorted(truth.keys() & test.keys()): raise GKError(f'{path}: {both[0]} is also in stage_2_train_labels.csv', 'Use the tables of one release.')
+        if both := sorted(truth.keys() & test.keys()):
+            raise GKError(f'{path}: {both[0]} is also in stage_2_train_labels.csv', 'Use the tables of one release.')
     return truth | test, set(test)
 
 # %% ../../nbs/data/16_rsna.ipynb #6a969a1b
@@ -130,7 +150,8 @@ def load_rsna(root: str | Path | None = None, # data root that holds rsna_pneumo
               headers: bool = True, # layout 'dicom': read and check the header of every file
               bad: str = 'raise' # missing pictures and broken headers: 'raise' or 'skip'
               ) -> list[Study]:
-    "Studies with label 'pneumonia', boxes, `attributes['detailed_class']`, sex, age and view; `subject_id` is the NIH patient where known; else the picture, with a warning."
+    """Studies with label 'pneumonia', boxes, `attributes['detailed_class']`, sex, age and view; `subject_id` is the NIH patient where
+    known; else the picture, with a warning."""
     if layout not in ('nih', 'dicom'): raise GKError(f'RSNA layout {layout!r}', 'Use nih or dicom.')
     if protocol not in ('', *PROTOCOLS): raise GKError(f'RSNA protocol {protocol!r}', f'Use one of: {", ".join(PROTOCOLS)}.')
     if split_by not in ('patient', 'picture'): raise GKError(f'split_by={split_by!r}', 'Use patient or picture.')
@@ -148,14 +169,17 @@ def load_rsna(root: str | Path | None = None, # data root that holds rsna_pneumo
         where = f'{match_file}: line {m.get("", "?")}'
         nih_name = official.get(pid) or m.get('nih_image_index', '')
         subject = nih_patient(nih_name, where) if nih_name or m else f'rsna-{pid}'
-        image = picture_path(nih, m['nih_chestxray14_path'], where) if layout == 'nih' else picture_path(folder/f'stage_2_{"test" if pid in test else "train"}_images', f'{pid}.dcm', 'patientId')
+        image = (picture_path(nih, m['nih_chestxray14_path'], where) if layout == 'nih'
+                 else picture_path(folder/f'stage_2_{"test" if pid in test else "train"}_images', f'{pid}.dcm', 'patientId'))
         person = people.get(m.get('nih_image_index'), {})
         attributes = {'detailed_class': m.get('detailed_class') or classes.get(pid, ''), 'nih_image': nih_name}
-        studies.append(Study(pid, subject, image, entities={'pneumonia': 1 if target else -1}, findings=boxes, labels={'pneumonia': target}, view=person.get('view', ''), sex=person.get('sex', ''),
+        studies.append(Study(pid, subject, image, entities={'pneumonia': 1 if target else -1}, findings=boxes, labels={'pneumonia': target},
+                             view=person.get('view', ''), sex=person.get('sex', ''),
                              age=person.get('age'), attributes={k: v for k, v in attributes.items() if v}))
     studies = keep_pictures(studies, bad, f'rsna ({layout})')
     if lone := sum(s.subject_id.startswith('rsna-') for s in studies):
-        warnings.warn(f'rsna ({layout}): no NIH patient is known for {lone} of {len(studies)} pictures, so each counts as a patient of its own and patients may be in two splits; '
+        warnings.warn(f'rsna ({layout}): no NIH patient is known for {lone} of {len(studies)} pictures, so each counts as a patient of its '
+                      'own and patients may be in two splits; '
                       f'RSNA\'s public list {MAPPING} names them: put it into {folder}', stacklevel=2)
     if layout == 'dicom' and headers: studies = _with_headers(studies, bad)
     if protocol: _split(studies, test, protocol, split_by, split_seed)
@@ -172,7 +196,9 @@ def _with_headers(studies: list[Study], bad: str) -> list[Study]:
             continue
         s.sex, s.age, s.view = found['sex'], found['age'], found['view']
         kept.append(s)
-    if len(kept) < len(studies): warnings.warn(f'rsna: left out {len(studies) - len(kept)} of {len(studies)} studies with a broken or wrong DICOM header', stacklevel=4)
+    if len(kept) < len(studies):
+        warnings.warn(f'rsna: left out {len(studies) - len(kept)} of {len(studies)} studies with a broken or wrong DICOM header',
+                      stacklevel=4)
     if not kept: raise GKError('rsna: no study has a whole DICOM header', 'Check stage_2_train_images/.')
     return kept
 
@@ -184,4 +210,6 @@ def _split(studies: list[Study], test: set[str], protocol: str, split_by: str, s
     for s in studies: s.split = drawn.get(s.study_id, 'test')
     parts: dict[str, set[str]] = {}
     for s in studies: parts.setdefault(s.subject_id, set()).add(s.split)
-    if shared := sum(len(p) > 1 for p in parts.values()): warnings.warn(f'rsna: {shared} of {len(parts)} patients are in more than one part (protocol {protocol}, split_by={split_by!r})', stacklevel=3)
+    if shared := sum(len(p) > 1 for p in parts.values()):
+        warnings.warn(f'rsna: {shared} of {len(parts)} patients are in more than one part (protocol {protocol}, split_by={split_by!r})',
+                      stacklevel=3)

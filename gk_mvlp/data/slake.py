@@ -23,7 +23,8 @@ def read_slake_record(r: dict, where: str) -> tuple[dict[str, str], QA | None]:
     if not isinstance(r, dict): raise GKError(f'{where}: {type(r).__name__} instead of a record', 'The file must be a list of records.')
     for k in _KEYS:
         if k not in r: raise GKError(f'{where}: key {k!r} is missing; found {", ".join(map(str, r))}', f'Needed: {", ".join(_KEYS)}.')
-        if isinstance(r[k], bool) or not isinstance(r[k], str | int | float): raise GKError(f'{where}: {k} is {r[k]!r}', 'Correct or remove the record.')
+        if isinstance(r[k], bool) or not isinstance(r[k], str | int | float):
+            raise GKError(f'{where}: {k} is {r[k]!r}', 'Correct or remove the record.')
     text = {k: ' '.join(str(r[k]).split()) for k in _KEYS}
     for k in _KEYS:
         if not text[k] and k != 'answer': raise GKError(f'{where}: {k} is empty', 'Correct or remove the record.')
@@ -34,7 +35,9 @@ def read_slake_record(r: dict, where: str) -> tuple[dict[str, str], QA | None]:
 
 # %% ../../nbs/data/33_slake.ipynb #0dfe4532
 SLAKE_REGIONS: dict[str, str] = {'left lung': 'left lung', 'right lung': 'right lung', 'heart': 'cardiac silhouette', 'trachea': 'trachea'}
-SLAKE_FINDINGS: dict[str, str] = {'atelectasis': 'atelectasis', 'cardiomegaly': 'cardiomegaly', 'effusion': 'pleural effusion', 'pleural effusion': 'pleural effusion', 'infiltration': 'lung opacity', 'mass': 'mass', 'nodule': 'nodule',
+SLAKE_FINDINGS: dict[str, str] = {'atelectasis': 'atelectasis', 'cardiomegaly': 'cardiomegaly', 'effusion': 'pleural effusion',
+                                  'pleural effusion': 'pleural effusion', 'infiltration': 'lung opacity', 'mass': 'mass',
+                                  'nodule': 'nodule',
                                   'pneumonia': 'pneumonia', 'pneumothorax': 'pneumothorax', 'consolidation': 'consolidation'}
 
 def read_slake_boxes(path: Path, # a detection.json
@@ -45,7 +48,8 @@ def read_slake_boxes(path: Path, # a detection.json
     if not isinstance(data, list): raise GKError(f'{path}: not a list of boxes', 'Copy it again.')
     out = []
     for i, entry in enumerate(data):
-        if not isinstance(entry, dict) or not all(isinstance(b, list) for b in entry.values()): raise GKError(f'{path}: entry {i} is {entry!r}', 'Each is {name: [x, y, width, height]}.')
+        if not isinstance(entry, dict) or not all(isinstance(b, list) for b in entry.values()):
+            raise GKError(f'{path}: entry {i} is {entry!r}', 'Each is {name: [x, y, width, height]}.')
         out += [(' '.join(name.lower().split()), box_xywh(box, size, f'{path}: entry {i}, {name!r}')) for name, box in entry.items()]
     return out
 
@@ -81,15 +85,20 @@ def _asked(folder: Path, language: str, modality: str | None, location: str | No
             seen.add(t['qid']); kinds.add((t['modality'], t['location']))
             if t['q_lang'] != language or modality not in (None, t['modality']) or location not in (None, t['location']): continue
             if qa is None: empty.append(where); continue
-            s = studies.setdefault(t['img_name'], Study(t['img_name'], f'slake-{t["img_id"]}', picture_path(folder/'imgs', t['img_name'], where) if pictures else None, split=split,
+            s = studies.setdefault(t['img_name'], Study(t['img_name'], f'slake-{t["img_id"]}',
+                                                        picture_path(folder/'imgs', t['img_name'], where) if pictures else None,
+                                                        split=split,
                                                         attributes={'modality': t['modality'], 'location': t['location']}))
-            if s.split != split: raise GKError(f'{where}: picture {t["img_name"]!r} is also in split {s.split}', 'Use the official files of one language.')
+            if s.split != split:
+                raise GKError(f'{where}: picture {t["img_name"]!r} is also in split {s.split}', 'Use the official files of one language.')
             s.qa.append(qa)
             if t['base_type'] == 'kvqa': s.attributes[f'base_type:{qa.qid}'] = 'kvqa'
     if empty:
         if bad == 'raise': raise GKError(f'{empty[0]}: answer is empty ({len(empty)} such records)', 'Correct it, or load with bad="skip".')
         warnings.warn(f'slake: left out {len(empty)} questions with an empty answer', stacklevel=3)
-    if not studies: raise GKError(f'slake: no question with modality {modality!r} and location {location!r}', f'There are: {", ".join(sorted({"/".join(k) for k in kinds}))}.')
+    if not studies:
+        raise GKError(f'slake: no question with modality {modality!r} and location {location!r}',
+                      f'There are: {", ".join(sorted({"/".join(k) for k in kinds}))}.')
     return list(studies.values())
 
 # %% ../../nbs/data/33_slake.ipynb #d004d6c8
@@ -111,8 +120,10 @@ def load_slake(root: str | Path | None = None, # data root that holds slake/
                pictures: bool = True, # False: questions only
                bad: str = 'raise' # missing pictures, broken boxes and empty answers: 'raise' or 'skip'
                ) -> list[Study]:
-    "Studies with `qa`, `regions` and `findings` from detection.json, official split, `attributes` modality, location and, per question id, 'base_type:<qid>' where it is 'kvqa'."
-    if language not in ('en', 'zh'): raise GKError(f'language={language!r}', 'Use en or zh; the two are split differently, so both at once would leak pictures.')
+    """Studies with `qa`, `regions` and `findings` from detection.json, official split, `attributes` modality, location and, per question
+    id, 'base_type:<qid>' where it is 'kvqa'."""
+    if language not in ('en', 'zh'):
+        raise GKError(f'language={language!r}', 'Use en or zh; the two are split differently, so both at once would leak pictures.')
     if bad not in ('raise', 'skip'): raise GKError(f'bad={bad!r}', "Use bad='raise' or bad='skip'.")
     folder = data_root(root, ('slake',))/'slake'
     studies = _asked(folder, language, modality, location, pictures, bad)

@@ -87,7 +87,8 @@ def validate(s: Study) -> Study:
         if n not in REGIONS: bad('regions', f'unknown region {n!r}')
     for what, b in boxes:
         if len(b) != 4 or not np.all(np.isfinite(b)): bad(what, f'box {b} has a missing or infinite corner')
-        if not (0 <= b[0] < b[2] <= 1 and 0 <= b[1] < b[3] <= 1): bad(what, f'box {tuple(round(float(x), 4) for x in b)} is empty, inverted or outside 0..1')
+        if not (0 <= b[0] < b[2] <= 1 and 0 <= b[1] < b[3] <= 1):
+            bad(what, f'box {tuple(round(float(x), 4) for x in b)} is empty, inverted or outside 0..1')
     for (r, e), y in s.relations.items():
         if r not in REGIONS or e not in ENTITY_INDEX: bad('relations', f'unknown pair ({r!r}, {e!r})')
         if y not in (-1, 1): bad('relations', f'({r!r}, {e!r}) is {y!r}, not 1 or -1')
@@ -124,7 +125,8 @@ def split_by_patient(subject_ids: Sequence[str], # one per study
                      seed: int = 0
                      ) -> np.ndarray:
     "A split name per study; a patient is in exactly one. Depends on the set of patients and the seed, not on their order."
-    if abs(sum(fractions.values()) - 1) > 1e-6: raise GKError(f'split fractions {fractions} sum to {sum(fractions.values()):.3f}', 'Make them sum to 1.')
+    if abs(sum(fractions.values()) - 1) > 1e-6:
+        raise GKError(f'split fractions {fractions} sum to {sum(fractions.values()):.3f}', 'Make them sum to 1.')
     patients = np.array(sorted(set(map(str, subject_ids))))
     order = np.random.default_rng(seed).permutation(len(patients))
     edges = np.round(np.cumsum(list(fractions.values())) * len(patients)).astype(int)

@@ -24,10 +24,12 @@ def _rows(path: Path, delimiter: str = ',') -> list[tuple[int, list[str]]]:
     if '\0' in text: raise GKError(f'{path}: holds zero bytes, so it is not a text table', 'Copy or export it again as UTF-8 CSV.')
     reader = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, strict=True)
     try: rows = [(reader.line_num, r) for r in reader if any(c.strip() for c in r)]
-    except csv.Error as err: raise GKError(f'{path}: line {reader.line_num}: not valid CSV ({err})', 'Check the quotes around this line.') from err
+    except csv.Error as err:
+        raise GKError(f'{path}: line {reader.line_num}: not valid CSV ({err})', 'Check the quotes around this line.') from err
     if not rows: raise GKError(f'{path}: the table is empty', 'Copy or export it again.')
     return rows
 
+# %% ../../nbs/02_tables.ipynb #df80f736
 def read_table(path: Path, # UTF-8 CSV; byte-order mark and Windows line ends are fine
                columns: Sequence[str], # columns that must be there
                by_position: bool = False, # True: `columns` are all the columns, in order; the header is only checked for its first name
@@ -38,19 +40,26 @@ def read_table(path: Path, # UTF-8 CSV; byte-order mark and Windows line ends ar
     (_, header), *rows = _rows(path, delimiter)
     header = [c.strip() for c in header]
     if by_position:
-        if header[0] != columns[0]: raise GKError(f'{path}: the header starts with {header[0]!r}, not {columns[0]!r}', 'Keep the official header line.')
+        if header[0] != columns[0]:
+            raise GKError(f'{path}: the header starts with {header[0]!r}, not {columns[0]!r}', 'Keep the official header line.')
         header = list(columns)
     missing = [c for c in columns if c not in header]
-    if missing: raise GKError(f'{path}: column {missing[0]!r} is missing; found {", ".join(map(repr, header[:40]))}', f'Needed: {", ".join(columns)}.')
-    if len(set(header)) < len(header): raise GKError(f'{path}: column {next(c for c in header if header.count(c) > 1)!r} appears twice', 'Keep one.')
+    if missing:
+        raise GKError(f'{path}: column {missing[0]!r} is missing; found {", ".join(map(repr, header[:40]))}',
+                      f'Needed: {", ".join(columns)}.')
+    if len(set(header)) < len(header):
+        raise GKError(f'{path}: column {next(c for c in header if header.count(c) > 1)!r} appears twice', 'Keep one.')
     out, seen = [], {}
     for line, r in rows:
         while len(r) > len(header) and not r[-1].strip(): r = r[:-1]
-        if len(r) != len(header): raise GKError(f'{path}: line {line}: {len(r)} fields under {len(header)} columns', 'Quote fields that hold commas, or restore the missing fields.')
+        if len(r) != len(header):
+            raise GKError(f'{path}: line {line}: {len(r)} fields under {len(header)} columns',
+                          'Quote fields that hold commas, or restore the missing fields.')
         d = {c: v.strip() for c, v in zip(header, r, strict=True)} | {'': str(line)}
         if unique:
             if not d[unique]: raise GKError(f'{path}: line {line}: {unique!r} is empty', 'Give every row its id.')
-            if d[unique] in seen: raise GKError(f'{path}: line {line}: {unique} {d[unique]!r} repeats line {seen[d[unique]]}', 'Keep one of the rows.')
+            if d[unique] in seen:
+                raise GKError(f'{path}: line {line}: {unique} {d[unique]!r} repeats line {seen[d[unique]]}', 'Keep one of the rows.')
             seen[d[unique]] = line
         out.append(d)
     if not out: raise GKError(f'{path}: the table has a header and no rows', 'Copy or export it again.')
@@ -63,7 +72,8 @@ def number(row: dict[str, str], column: str, path: Path) -> float | None:
     if text == '': return None
     try: x = float(text)
     except ValueError: x = math.nan
-    if not math.isfinite(x): raise GKError(f'{path}: line {row[""]}: {column} is {text!r}, not a number', 'Correct the cell or leave it empty.')
+    if not math.isfinite(x):
+        raise GKError(f'{path}: line {row[""]}: {column} is {text!r}, not a number', 'Correct the cell or leave it empty.')
     return x
 
 def read_json(path: Path):
@@ -77,12 +87,15 @@ def box_xywh(values: Sequence[float], # x, y, width, height in pixels
              where: str # what to name in an error
              ) -> tuple[float, float, float, float]:
     "`xyxy` in fractions, cut to the picture; a `GKError` for a box that is not finite, is inverted, or lies outside."
-    if len(values) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values): raise GKError(f'{where}: box {list(values)} is not four finite numbers', 'Correct or remove it.')
+    if len(values) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        raise GKError(f'{where}: box {list(values)} is not four finite numbers', 'Correct or remove it.')
     if min(size) <= 0: raise GKError(f'{where}: picture size {size}', 'Give the size in pixels.')
     x, y, w, h = values
     if w <= 0 or h <= 0: raise GKError(f'{where}: box x, y, width, height = {list(values)} is empty or inverted', 'Correct or remove it.')
     b = tuple(min(max(v / s, 0.), 1.) for v, s in zip((x, y, x + w, y + h), (*size, *size), strict=True))
-    if b[2] <= b[0] or b[3] <= b[1]: raise GKError(f'{where}: box {list(values)} lies outside the picture of {size[0]:g}x{size[1]:g} pixels', 'Check the unit of the box.')
+    if b[2] <= b[0] or b[3] <= b[1]:
+        raise GKError(f'{where}: box {list(values)} lies outside the picture of {size[0]:g}x{size[1]:g} pixels',
+                      'Check the unit of the box.')
     return b
 
 # %% ../../nbs/02_tables.ipynb #6933fc64
@@ -94,20 +107,24 @@ def read_coco(path: Path, # json with images, annotations and categories
     try:
         names = {c['id']: c['name'].strip().lower() for c in coco['categories']}
         images = {i['id']: (i['file_name'] + '', {'size': (i['width'], i['height']), 'boxes': []}) for i in coco['images']}
-        if len({n for n, _ in images.values()}) < len(coco['images']): raise GKError(f'{path}: an image id or file name repeats', 'Keep one entry per picture.')
+        if len({n for n, _ in images.values()}) < len(coco['images']):
+            raise GKError(f'{path}: an image id or file name repeats', 'Keep one entry per picture.')
         for a in coco['annotations']:
             where, (_, image), name = f'{path}: annotation {a["id"]}', images[a['image_id']], names[a['category_id']]
             if a.get('iscrowd'): raise GKError(f'{where}: a crowd box', 'Give each thing its own box.')
             if null_boxes and a['bbox'] == [None] * 4: continue
             image['boxes'].append((name, box_xywh(a['bbox'], image['size'], where), where))
-    except (KeyError, TypeError, AttributeError) as err: raise GKError(f'{path}: not the COCO layout ({type(err).__name__}: {err})', 'Needs images, annotations and categories with their usual keys.') from err
+    except (KeyError, TypeError, AttributeError) as err:
+        raise GKError(f'{path}: not the COCO layout ({type(err).__name__}: {err})',
+                      'Needs images, annotations and categories with their usual keys.') from err
     return dict(images.values())
 
 # %% ../../nbs/02_tables.ipynb #9394f63f
 def picture_path(folder: Path, name: str, where: str) -> Path:
     "`folder/name`, or a `GKError` if the name is empty or leads out of the folder."
     p = PurePosixPath(name.replace('\\', '/'))
-    if not name or p.is_absolute() or '..' in p.parts or ':' in p.parts[0]: raise GKError(f'{where}: picture name {name!r}', 'Use a name inside the picture folder.')
+    if not name or p.is_absolute() or '..' in p.parts or ':' in p.parts[0]:
+        raise GKError(f'{where}: picture name {name!r}', 'Use a name inside the picture folder.')
     return folder/p
 
 def keep_pictures(studies: list[Study], # with `image` a path
@@ -120,12 +137,15 @@ def keep_pictures(studies: list[Study], # with `image` a path
     missing = len(studies) - len(kept)
     if missing:
         first = next(s.image for s in studies if not s.image.is_file())
-        if bad == 'raise': raise GKError(f'{name}: {missing} of {len(studies)} pictures are missing, first {first}', 'Put them there, or load with bad="skip".')
+        if bad == 'raise':
+            raise GKError(f'{name}: {missing} of {len(studies)} pictures are missing, first {first}',
+                          'Put them there, or load with bad="skip".')
         warnings.warn(f'{name}: left out {missing} of {len(studies)} studies without a picture file', stacklevel=3)
     if not kept: raise GKError(f'{name}: none of {len(studies)} studies has a picture', 'Check the data root.')
     gone = [p for s in kept for p in s.other_views if not p.is_file()]
     if gone:
-        if bad == 'raise': raise GKError(f'{name}: {len(gone)} further views are missing, first {gone[0]}', 'Put them there, or load with bad="skip".')
+        if bad == 'raise':
+            raise GKError(f'{name}: {len(gone)} further views are missing, first {gone[0]}', 'Put them there, or load with bad="skip".')
         warnings.warn(f'{name}: left out {len(gone)} further views without a picture file', stacklevel=3)
         for s in kept: s.other_views = tuple(p for p in s.other_views if p.is_file())
     return kept

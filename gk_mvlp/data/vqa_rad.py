@@ -22,12 +22,14 @@ def read_record(r: dict, where: str) -> tuple[str, str, str, QA]:
     needed = ('qid', 'image_name', 'image_organ', 'question', 'answer', 'answer_type', 'question_type', 'phrase_type')
     for key in needed:
         if key not in r: raise GKError(f'{where}: key {key!r} is missing; found {", ".join(map(str, r))}', f'Needed: {", ".join(needed)}.')
-        if isinstance(r[key], bool) or not isinstance(r[key], str | int | float) or str(r[key]).strip() in ('', 'NULL'): raise GKError(f'{where}: {key} is {r[key]!r}', 'Correct or remove the record.')
+        if isinstance(r[key], bool) or not isinstance(r[key], str | int | float) or str(r[key]).strip() in ('', 'NULL'):
+            raise GKError(f'{where}: {key} is {r[key]!r}', 'Correct or remove the record.')
     text = {k: ' '.join(str(r[k]).split()) for k in needed}
     kind = text['answer_type'].lower()
     if kind not in ('closed', 'open'): raise GKError(f'{where}: answer_type {r["answer_type"]!r}', 'Use CLOSED or OPEN.')
     types = [_TYPO.get(t, t) for t in (p.strip().upper() for p in text['question_type'].split(',')) if t]
-    return text['image_name'], text['image_organ'].upper(), text['phrase_type'], QA(text['question'], text['answer'], kind, ', '.join(types), text['qid'])
+    return (text['image_name'], text['image_organ'].upper(), text['phrase_type'],
+            QA(text['question'], text['answer'], kind, ', '.join(types), text['qid']))
 
 # %% ../../nbs/data/18_vqa_rad.ipynb #5909de50
 def read_questions(folder: Path, # vqa_rad/
@@ -69,18 +71,23 @@ def load_vqa_rad(root: str | Path | None = None, # data root that holds vqa_rad/
     studies: dict[str, Study] = {}
     for part, image, where, qa in questions:
         key = f'{image}:{part}' if split_by == 'official' else image
-        s = studies.setdefault(key, Study(key, f'vqa-{image}', picture_path(folder/'images', image, f'qid {qa.qid}') if pictures else None, split=part if split_by == 'official' else '', attributes={'organ': where}))
+        s = studies.setdefault(key, Study(key, f'vqa-{image}', picture_path(folder/'images', image, f'qid {qa.qid}') if pictures else None,
+                                          split=part if split_by == 'official' else '', attributes={'organ': where}))
         s.qa.append(qa)
     out = list(studies.values())
     if pictures: out = keep_pictures(out, bad, f'vqa_rad ({organ or "all organs"})')
     if split_by == 'image':
-        for s, part in zip(out, split_by_patient([s.subject_id for s in out], fractions or {'train': .7, 'val': .1, 'test': .2}, split_seed), strict=True): s.split = str(part)
+        for s, part in zip(out, split_by_patient([s.subject_id for s in out], fractions or {'train': .7, 'val': .1, 'test': .2},
+                                                 split_seed), strict=True):
+            s.split = str(part)
     else:
         train, test = ({s.subject_id for s in out if s.split == p} for p in ('train', 'test'))
         asked = {p: [(s.subject_id, q.question.lower()) for s in out if s.split == p for q in s.qa] for p in ('train', 'test')}
         same = len([q for q in asked['test'] if q in set(asked['train'])])
-        if train & test: warnings.warn(f"vqa_rad: {len(train & test)} of {len(test)} test pictures also have training questions, {same} of {len(asked['test'])} test questions are there in the same words (official split); "
-                                       "split_by='image' keeps them apart", stacklevel=2)
+        if train & test:
+            warnings.warn(f"vqa_rad: {len(train & test)} of {len(test)} test pictures also have training questions, {same} of "
+                          f"{len(asked['test'])} test questions are there in the same words (official split); "
+                          "split_by='image' keeps them apart", stacklevel=2)
     if split is None: return out
     chosen = [s for s in out if s.split == split]
     if not chosen: raise GKError(f'VQA-RAD split {split!r}: no study', f'Use one of: {", ".join(sorted({s.split for s in out}))}.')

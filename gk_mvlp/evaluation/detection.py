@@ -21,11 +21,13 @@ from ..paths import GKError
 BOX = ('x0', 'y0', 'x1', 'y1')
 
 def detection_frame(studies: Sequence[Study], # the test images
-                    found: Sequence[tuple[np.ndarray, np.ndarray, Sequence[str]]], # of each study: boxes [K, 4] in fractions of the picture, scores [K], names [K]
+                    # of each study: boxes [K, 4] in fractions of the picture, scores [K], names [K]
+                    found: Sequence[tuple[np.ndarray, np.ndarray, Sequence[str]]],
                     entities: Sequence[str] | None = None # findings that count; None: all that have a box
                     ) -> pd.DataFrame:
     "kind, study_id, subject_id, split, entity, score, x0..y1; one 'image' row per study."
-    if len(found) != len(studies): raise GKError(f'detections for {len(found)} of {len(studies)} studies', 'Give an empty array for a study without a detection.')
+    if len(found) != len(studies):
+        raise GKError(f'detections for {len(found)} of {len(studies)} studies', 'Give an empty array for a study without a detection.')
     rows = []
     for s, (boxes, scores, names) in zip(studies, found, strict=True):
         who = (s.study_id, s.subject_id, s.split)
@@ -46,26 +48,38 @@ class Detections:
 
 def _check_rows(f: pd.DataFrame, what: str, ids: pd.Index) -> None:
     b = f[list(BOX)].to_numpy(float)
-    if len(lost := f[~f['study_id'].isin(ids)]): raise GKError(f'{len(lost)} {what} row(s) of images that are not in the table, first {lost["study_id"].iloc[0]!r}', 'List every test image once, of kind "image".')
-    if len(b) and (bad := ~np.isfinite(b).all(1) | (b[:, 2:] < b[:, :2]).any(1)).any(): raise GKError(f'{what}: {int(bad.sum())} box(es) are inverted or not finite, first in {f["study_id"][bad].iloc[0]!r}', 'Use x0 <= x1 and y0 <= y1.')
+    if len(lost := f[~f['study_id'].isin(ids)]):
+        raise GKError(f'{len(lost)} {what} row(s) of images that are not in the table, first {lost["study_id"].iloc[0]!r}',
+                      'List every test image once, of kind "image".')
+    if len(b) and (bad := ~np.isfinite(b).all(1) | (b[:, 2:] < b[:, :2]).any(1)).any():
+        raise GKError(f'{what}: {int(bad.sum())} box(es) are inverted or not finite, first in {f["study_id"][bad].iloc[0]!r}',
+                      'Use x0 <= x1 and y0 <= y1.')
 
+# %% ../../nbs/evaluation/53_detection.ipynb #e0866363
 def read_detections(frame: pd.DataFrame # of `detection_frame`
                     ) -> Detections:
-    "The checked table. A class of detections that no test image has makes no true box possible; it is left out of the mean, as in COCO, and `classes` shows it."
-    if missing := sorted({'kind', 'study_id', 'subject_id', 'entity', 'score', *BOX} - set(frame)): raise GKError(f'detections: no column {missing[0]!r}', 'Write the table with detection_frame.')
-    if odd := sorted(set(frame['kind']) - {'image', 'truth', 'found'}): raise GKError(f'detections: kind {odd[0]!r}', 'Use image, truth and found.')
+    """The checked table. A class of detections that no test image has makes no true box possible; it is left out of the mean, as in
+    COCO, and `classes` shows it."""
+    if missing := sorted({'kind', 'study_id', 'subject_id', 'entity', 'score', *BOX} - set(frame)):
+        raise GKError(f'detections: no column {missing[0]!r}', 'Write the table with detection_frame.')
+    if odd := sorted(set(frame['kind']) - {'image', 'truth', 'found'}):
+        raise GKError(f'detections: kind {odd[0]!r}', 'Use image, truth and found.')
     image, truth, found = (frame[frame['kind'] == k] for k in ('image', 'truth', 'found'))
     if not len(image): raise GKError('detections: no images', 'The test split is empty, or its image rows were dropped.')
-    if (dup := image['study_id'].duplicated()).any(): raise GKError(f'detections: image {image["study_id"][dup].iloc[0]!r} repeats', 'List every image once.')
+    if (dup := image['study_id'].duplicated()).any():
+        raise GKError(f'detections: image {image["study_id"][dup].iloc[0]!r} repeats', 'List every image once.')
     index = pd.Index(image['study_id'])
     _check_rows(truth, 'truth', index); _check_rows(found, 'found', index)
-    if (bad := ~np.isfinite(found['score'].to_numpy(float))).any(): raise GKError(f'detections: {int(bad.sum())} score(s) are NaN or infinite, first in {found["study_id"][bad].iloc[0]!r}', 'Find out why the model fails there.')
+    if (bad := ~np.isfinite(found['score'].to_numpy(float))).any():
+        raise GKError(f'detections: {int(bad.sum())} score(s) are NaN or infinite, first in {found["study_id"][bad].iloc[0]!r}',
+                      'Find out why the model fails there.')
     classes = tuple(sorted(set(truth['entity'])))
     if not classes: raise UndefinedMetric('detections: no test image has a true box', 'Use a test split with boxes.')
     found = found[found['entity'].isin(classes)]
     number = {c: i for i, c in enumerate(classes)}
     part = lambda f: (index.get_indexer(f['study_id']), f['entity'].map(number).to_numpy(int), f[list(BOX)].to_numpy(float).reshape(-1, 4))
-    return Detections(image['study_id'].to_numpy(), image['subject_id'].to_numpy(), classes, *part(truth), *part(found), found['score'].to_numpy(float))
+    return Detections(image['study_id'].to_numpy(), image['subject_id'].to_numpy(), classes, *part(truth), *part(found),
+                      found['score'].to_numpy(float))
 
 # %% ../../nbs/evaluation/53_detection.ipynb #6e6f002e
 def _ranks(group: np.ndarray) -> np.ndarray:
@@ -122,7 +136,8 @@ def match(d: Detections, thresholds: Sequence[float], # of IoU, each above 0
     for c, name in enumerate(d.classes):
         mine = np.flatnonzero(d.found_class[order] == c)
         mine = mine[np.argsort(-d.found_score[order][mine], kind='stable')]
-        out.append(Matches(name, d.found_image[order][mine], d.found_score[order][mine], hit[:, mine], np.bincount(d.truth_image[d.truth_class == c], minlength=len(d.images))))
+        out.append(Matches(name, d.found_image[order][mine], d.found_score[order][mine], hit[:, mine],
+                           np.bincount(d.truth_image[d.truth_class == c], minlength=len(d.images))))
     return out
 
 # %% ../../nbs/evaluation/53_detection.ipynb #8e9bd5e3
@@ -145,11 +160,13 @@ _RECALLS = np.linspace(0, 1, 101)
 
 def _whole(d: Detections, weights: np.ndarray | None) -> np.ndarray:
     if weights is None: return np.ones((1, len(d.images)))
-    if weights.ndim != 2 or weights.shape[1] != len(d.images): raise GKError(f'weights {weights.shape} for {len(d.images)} images', 'Give [B, N] of patient_weights(d.patients).')
+    if weights.ndim != 2 or weights.shape[1] != len(d.images):
+        raise GKError(f'weights {weights.shape} for {len(d.images)} images', 'Give [B, N] of patient_weights(d.patients).')
     return weights
 
 def _average_precision(hit: np.ndarray, w: np.ndarray, seen: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    "[B] of one class and threshold: hit [D], weights of the detections [B, D] and their cumulative sum, weight of the true boxes [B]; NaN without a true box. Only hits count: after one precision falls until the next."
+    """[B] of one class and threshold: hit [D], weights of the detections [B, D] and their cumulative sum, weight of the true boxes [B];
+    NaN without a true box. Only hits count: after one precision falls until the next."""
     B, at = len(w), np.flatnonzero(hit)
     if not len(at): return np.where(positives > 0, 0., np.nan)
     tp = np.cumsum(w[:, at], 1)
@@ -181,8 +198,10 @@ def mean_ap(d: Detections, thresholds: Sequence[float] = RSNA_IOU, weights: np.n
     return _mean(class_ap(d, thresholds, weights))
 
 # %% ../../nbs/evaluation/53_detection.ipynb #4bdc7c4c
-def random_detections(rng: np.random.Generator, n: int = 400, classes: Sequence[str] = ('mass', 'nodule'), skill: float = .7, noise: float = 1.5, grid: int | None = None) -> pd.DataFrame:
-    "A made-up table for tests and demonstrations: half of the images have boxes, `skill` of the boxes are found, and `noise` false boxes come per image. `grid` rounds boxes and scores, so that ties occur."
+def random_detections(rng: np.random.Generator, n: int = 400, classes: Sequence[str] = ('mass', 'nodule'), skill: float = .7,
+                      noise: float = 1.5, grid: int | None = None) -> pd.DataFrame:
+    """A made-up table for tests and demonstrations: half of the images have boxes, `skill` of the boxes are found, and `noise` false
+    boxes come per image. `grid` rounds boxes and scores, so that ties occur."""
     def boxes(k):
         a = rng.random((k, 2)) * .6; b = np.c_[a, a + .15 + rng.random((k, 2)) * .25]
         return np.round(b * grid) if grid else b
@@ -210,17 +229,19 @@ def froc(d: Detections, rates: Sequence[float] = FROC_RATES, iou: float = .4, we
     for m in match(d, [iou]):
         v, positives = w[:, m.image], w @ m.positives
         ends = np.flatnonzero(np.r_[m.score[1:] != m.score[:-1], True]) if len(m.score) else np.zeros(0, int)
-        tp, fp = (np.c_[np.zeros(len(w)), np.cumsum(v * k, 1)[:, ends]] for k in (m.hit[0], ~m.hit[0]))     # before the first box: none of either
+        # before the first box: none of either
+        tp, fp = (np.c_[np.zeros(len(w)), np.cumsum(v * k, 1)[:, ends]] for k in (m.hit[0], ~m.hit[0]))
         sensitivity = np.divide(tp, positives[:, None], out=np.full_like(tp, np.nan), where=positives[:, None] > 0)
         rate = fp / w.sum(1, keepdims=True)
-        last = np.stack([(rate <= r).sum(1) - 1 for r in rates], 1)                                       # both rise, so the last one allowed is the best
+        last = np.stack([(rate <= r).sum(1) - 1 for r in rates], 1)  # both rise, so the last one allowed is the best
         per.append(np.take_along_axis(sensitivity, last, 1))
     n = (~np.isnan(per)).sum(0)
     return np.divide(np.nansum(per, 0), n, out=np.full(n.shape, np.nan), where=n > 0)
 
 # %% ../../nbs/evaluation/53_detection.ipynb #3a1c0d6d
 def filtered(frame: pd.DataFrame, confidence: float = .5) -> pd.DataFrame:
-    "The table without boxes up to `confidence`, then without images that have no box left or no true box. Not comparable: for showing what this hides."
+    """The table without boxes up to `confidence`, then without images that have no box left or no true box. Not comparable: for showing
+    what this hides."""
     f = frame[(frame['kind'] != 'found') | (frame['score'] > confidence)]
     has = lambda k: set(f.loc[f['kind'] == k, 'study_id'])
     return f[f['study_id'].isin(has('found') & has('truth'))]
@@ -230,7 +251,8 @@ DETECTION_METRICS = ('map_40_75', 'coco_map', 'ap_50', 'froc', *(f'sensitivity_{
 
 def detection_metrics(frame: pd.DataFrame, weights: np.ndarray | None = None # [B, N] of the images in the order of the table
                       ) -> dict[str, np.ndarray]:
-    "Each metric of `DETECTION_METRICS` as [B]; `froc` is the mean sensitivity over `FROC_RATES`; the filtered metric only on all data ([1], NaN where nothing passes the filter)."
+    """Each metric of `DETECTION_METRICS` as [B]; `froc` is the mean sensitivity over `FROC_RATES`; the filtered metric only on all data
+    ([1], NaN where nothing passes the filter)."""
     d, every = read_detections(frame), np.unique(np.r_[RSNA_IOU, COCO_IOU])
     ap, sensitivity = class_ap(d, every, weights), froc(d, weights=weights)
     mean = lambda thresholds: _mean(ap[:, np.searchsorted(every, thresholds)])

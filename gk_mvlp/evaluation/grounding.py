@@ -33,15 +33,20 @@ def map_frame(studies: Sequence[Study], boxes: Sequence[dict], # of `finding_box
               maps: np.ndarray, names: Sequence[str], # [N, C, g, g], C
               **columns) -> pd.DataFrame:
     "study_id, subject_id, split, label, map, boxes and the given columns: a row for each study and finding among `names` that has a box."
-    if maps.shape[:2] != (len(studies), len(names)): raise GKError(f'maps {maps.shape} for {len(studies)} studies and {len(names)} findings', 'They must agree.')
-    rows = [(s.study_id, s.subject_id, s.split, n, maps[i, c].ravel().tolist(), b[n].ravel().tolist()) for i, (s, b) in enumerate(zip(studies, boxes, strict=True)) for c, n in enumerate(names) if n in b]
+    if maps.shape[:2] != (len(studies), len(names)):
+        raise GKError(f'maps {maps.shape} for {len(studies)} studies and {len(names)} findings', 'They must agree.')
+    rows = [(s.study_id, s.subject_id, s.split, n, maps[i, c].ravel().tolist(), b[n].ravel().tolist())
+            for i, (s, b) in enumerate(zip(studies, boxes, strict=True)) for c, n in enumerate(names) if n in b]
     return pd.DataFrame(rows, columns=['study_id', 'subject_id', 'split', 'label', 'map', 'boxes']).assign(**columns)
 
 # %% ../../nbs/evaluation/52_grounding.ipynb #c7609830
 def box_masks(boxes: Sequence[np.ndarray], size: int) -> np.ndarray: # bool [N, size, size]
     "Pixels whose centre lies in one of the boxes [K, 4], 0..1; a box smaller than a pixel has the pixel in which its own centre lies."
     x, pixel = (np.arange(size) + .5) / size, np.arange(size)
-    def inside(b, lo, hi): return (x >= b[:, lo, None]) & (x <= b[:, hi, None]) | (pixel == np.floor((b[:, lo] + b[:, hi]) / 2 * size).clip(0, size - 1)[:, None])     # [K, size]
+    # [K, size]
+    def inside(b, lo, hi):
+        return ((x >= b[:, lo, None]) & (x <= b[:, hi, None])
+                | (pixel == np.floor((b[:, lo] + b[:, hi]) / 2 * size).clip(0, size - 1)[:, None]))
     return np.stack([np.einsum('ky,kx->yx', inside(b, 1, 3), inside(b, 0, 2)) for b in boxes])
 
 def map_values(frame: pd.DataFrame, # of `map_frame`
@@ -50,9 +55,13 @@ def map_values(frame: pd.DataFrame, # of `map_frame`
     "pointing, cnr, iou, dice of each row [N]."
     if not len(frame): raise UndefinedMetric('no finding has a box', 'Use a split with finding boxes.')
     if not 0 < share <= 1: raise GKError(f'share {share!r}', 'Use a part of the pixels, above 0 and at most 1.')
-    if frame.duplicated(['study_id', 'label']).any(): raise GKError(f'maps: {frame.loc[frame.duplicated(["study_id", "label"]), "study_id"].iloc[0]!r} has two maps of one finding', 'Give the maps of one method.')
+    if frame.duplicated(['study_id', 'label']).any():
+        raise GKError(f'maps: {frame.loc[frame.duplicated(["study_id", "label"]), "study_id"].iloc[0]!r} has two maps of one finding',
+                      'Give the maps of one method.')
     m = np.array(frame['map'].tolist(), float)
-    if not np.isfinite(m).all(): raise GKError(f'{int((~np.isfinite(m)).any(1).sum())} map(s) hold NaN or infinity, first of {frame["study_id"].iloc[int(np.argmax(~np.isfinite(m).all(1)))]!r}', 'Find out why the model fails there.')
+    if not np.isfinite(m).all():
+        raise GKError(f'{int((~np.isfinite(m)).any(1).sum())} map(s) hold NaN or infinity, first of '
+                      f'{frame["study_id"].iloc[int(np.argmax(~np.isfinite(m).all(1)))]!r}', 'Find out why the model fails there.')
     g = int(round(m.shape[1] ** .5))
     m = F.interpolate(torch.from_numpy(m.reshape(-1, 1, g, g)), size=(size, size), mode='bilinear').numpy().reshape(len(m), -1)
     a = box_masks([np.array(b).reshape(-1, 4) for b in frame['boxes']], size).reshape(len(m), -1)
@@ -85,13 +94,15 @@ def prior_maps(kind: str, # 'uniform', 'centre' or 'train_prior'
                names: Sequence[str], grid: int, n: int, # studies
                training: Sequence[dict] = () # of `finding_boxes`, for 'train_prior'
                ) -> np.ndarray: # [n, C, grid, grid]
-    "The same map for every study: constant; a Gaussian in the middle; how often a training box of the finding covers each cell (constant for a finding without one)."
+    """The same map for every study: constant; a Gaussian in the middle; how often a training box of the finding covers each cell
+    (constant for a finding without one)."""
     x = (np.arange(grid) + .5) / grid - .5
     if kind == 'uniform': m = np.ones((len(names), grid, grid))
     elif kind == 'centre': m = np.tile(np.exp(-(x[:, None] ** 2 + x ** 2) / (2 * .2 ** 2)), (len(names), 1, 1))
     elif kind == 'train_prior':
         m = np.ones((len(names), grid, grid))
         for c, k in enumerate(names):
-            if own := [b[k] for b in training if k in b]: m[c] = F.adaptive_avg_pool2d(torch.from_numpy(box_masks(own, grid * 8).mean(0))[None], grid)[0].numpy()
+            if own := [b[k] for b in training if k in b]:
+                m[c] = F.adaptive_avg_pool2d(torch.from_numpy(box_masks(own, grid * 8).mean(0))[None], grid)[0].numpy()
     else: raise GKError(f'prior {kind!r}', 'Use uniform, centre or train_prior.')
     return np.broadcast_to(m, (n, *m.shape))

@@ -25,18 +25,25 @@ def check_binary(y: np.ndarray, # [N], 0 or 1
                  ) -> tuple[np.ndarray, np.ndarray]:
     "([N] bool labels, [N] float64 scores), or a `GKError` that names what is wrong and where."
     y, s = np.asarray(y), np.asarray(s)
-    if y.ndim != 1 or y.shape != s.shape: raise GKError(f'labels {y.shape} and scores {s.shape} differ in shape or are not one-dimensional', 'Pass one score for each study.')
+    if y.ndim != 1 or y.shape != s.shape:
+        raise GKError(f'labels {y.shape} and scores {s.shape} differ in shape or are not one-dimensional', 'Pass one score for each study.')
     if not len(y): raise GKError('no predictions at all', 'Check that the test split is not empty and that inference wrote its file.')
     try: y, s = y.astype(float), s.astype(float)
-    except (TypeError, ValueError) as err: raise GKError(f'labels or scores are not numbers ({err})', 'Pass 0/1 labels and real scores.') from err
-    if (bad := ~np.isfinite(s)).any(): raise GKError(f'{int(bad.sum())} score(s) are NaN or infinite, first at position {int(np.argmax(bad))}', 'A model that fails on a study must not be scored without it; find the cause.')
-    if (bad := (y != 0) & (y != 1)).any(): raise GKError(f'{int(bad.sum())} label(s) are neither 0 nor 1, first {y[np.argmax(bad)]!r} at position {int(np.argmax(bad))}', 'Drop unknown labels explicitly or use multilabel_scores.')
+    except (TypeError, ValueError) as err:
+        raise GKError(f'labels or scores are not numbers ({err})', 'Pass 0/1 labels and real scores.') from err
+    if (bad := ~np.isfinite(s)).any():
+        raise GKError(f'{int(bad.sum())} score(s) are NaN or infinite, first at position {int(np.argmax(bad))}',
+                      'A model that fails on a study must not be scored without it; find the cause.')
+    if (bad := (y != 0) & (y != 1)).any():
+        raise GKError(f'{int(bad.sum())} label(s) are neither 0 nor 1, first {y[np.argmax(bad)]!r} at position {int(np.argmax(bad))}',
+                      'Drop unknown labels explicitly or use multilabel_scores.')
     return y.astype(bool), s
 
 # %% ../../nbs/evaluation/50_metrics.ipynb #415011b0
 def midranks(s: np.ndarray # [N] finite scores
              ) -> np.ndarray:
-    "[N] ranks from 1; equal scores share their mean rank. One sort and two binary searches (several times faster than scipy's `rankdata` for a test set)."
+    """[N] ranks from 1; equal scores share their mean rank. One sort and two binary searches (several times faster than scipy's
+    `rankdata` for a test set)."""
     s = np.asarray(s); ordered = np.sort(s)
     return (np.searchsorted(ordered, s, 'left') + np.searchsorted(ordered, s, 'right') + 1) / 2
 
@@ -55,7 +62,8 @@ def auprc(y: np.ndarray, # [N], 0 or 1
           ) -> float:
     "Average precision in 0..1 (scikit-learn's, no interpolation); `UndefinedMetric` if one class is missing."
     y, s = check_binary(y, s)
-    if y.all() or not y.any(): raise UndefinedMetric(f'AUPRC needs both classes: {int(y.sum())} positive of {len(y)}', 'Report the class as undefined.')
+    if y.all() or not y.any():
+        raise UndefinedMetric(f'AUPRC needs both classes: {int(y.sum())} positive of {len(y)}', 'Report the class as undefined.')
     return float(average_precision_score(y, s))
 
 # %% ../../nbs/evaluation/50_metrics.ipynb #b0548ce0
@@ -65,12 +73,16 @@ def multilabel_scores(y: np.ndarray, # [N, C], 1, 0 or NaN (unknown)
                       ) -> pd.DataFrame:
     "One row per class: `name`, `auroc`, `auprc` (NaN where undefined), `n` known labels, `n_pos` positives."
     y, s, names = np.asarray(y, float), np.asarray(s, float), list(names)
-    if y.ndim != 2 or y.shape != s.shape: raise GKError(f'labels {y.shape} and scores {s.shape} differ in shape or are not [N, C]', 'Pass one score for each study and class.')
-    if y.shape[1] != len(names) or len(set(names)) != len(names): raise GKError(f'{len(names)} class names ({len(set(names))} different) for {y.shape[1]} columns', 'Name every column once.')
+    if y.ndim != 2 or y.shape != s.shape:
+        raise GKError(f'labels {y.shape} and scores {s.shape} differ in shape or are not [N, C]',
+                      'Pass one score for each study and class.')
+    if y.shape[1] != len(names) or len(set(names)) != len(names):
+        raise GKError(f'{len(names)} class names ({len(set(names))} different) for {y.shape[1]} columns', 'Name every column once.')
     if not y.size: raise GKError('no predictions at all', 'Check that the test split is not empty.')
     if (bad := ~np.isfinite(s)).any():
         i, c = np.argwhere(bad)[0]
-        raise GKError(f'{int(bad.sum())} score(s) are NaN or infinite, first at row {i}, class {names[c]!r}', 'Find out why the model fails there; dropping it would change the number.')
+        raise GKError(f'{int(bad.sum())} score(s) are NaN or infinite, first at row {i}, class {names[c]!r}',
+                      'Find out why the model fails there; dropping it would change the number.')
     rows = []
     for c, name in enumerate(names):
         k = ~np.isnan(y[:, c]); yc, sc = y[k, c], s[k, c]
@@ -87,23 +99,31 @@ def macro(table: pd.DataFrame, # from `multilabel_scores`
     "`mean` over the defined classes, `n_defined`, `n_classes` and the names of the `undefined`; `UndefinedMetric` if none is defined."
     if column not in table: raise GKError(f'{column!r}: no such column', f'Use one of: {", ".join(table.columns)}.')
     ok = table[column].notna()
-    if not ok.any(): raise UndefinedMetric(f'{column}: undefined for all {len(table)} classes', 'The test split has no class with both values.')
-    return {'mean': float(table[column][ok].mean()), 'n_defined': int(ok.sum()), 'n_classes': len(table), 'undefined': table['name'][~ok].tolist()}
+    if not ok.any():
+        raise UndefinedMetric(f'{column}: undefined for all {len(table)} classes', 'The test split has no class with both values.')
+    return {'mean': float(table[column][ok].mean()), 'n_defined': int(ok.sum()), 'n_classes': len(table),
+            'undefined': table['name'][~ok].tolist()}
 
 # %% ../../nbs/evaluation/50_metrics.ipynb #eb54bf23
 def align_predictions(truth: pd.DataFrame, # one row per study
                       pred: pd.DataFrame, # one row per study, any order
                       on: str = 'study_id'
                       ) -> pd.DataFrame:
-    "`truth` with the columns of `pred`, in the order of `truth`; equal column names get `_true`, `_pred`. Any difference in ids is a `GKError`."
+    """`truth` with the columns of `pred`, in the order of `truth`; equal column names get `_true`, `_pred`. Any difference in ids is a
+    `GKError`."""
     for what, df in (('truth', truth), ('predictions', pred)):
         if on not in df: raise GKError(f'{what}: no column {on!r}', f'It has: {", ".join(map(str, df.columns))}.')
         if not len(df): raise GKError(f'{what}: empty', 'Nothing can be scored.')
         if df[on].isna().any(): raise GKError(f'{what}: {int(df[on].isna().sum())} row(s) without {on}', 'Every row needs its id.')
-        if (dup := df[on].astype(str).duplicated()).any(): raise GKError(f'{what}: {int(dup.sum())} repeated {on}, first {df[on][dup].iloc[0]!r}', 'Keep one row per study.')
+        if (dup := df[on].astype(str).duplicated()).any():
+            raise GKError(f'{what}: {int(dup.sum())} repeated {on}, first {df[on][dup].iloc[0]!r}', 'Keep one row per study.')
     t, p = truth.assign(**{on: truth[on].astype(str)}), pred.assign(**{on: pred[on].astype(str)})
-    if miss := sorted(set(t[on]) - set(p[on])): raise GKError(f'{len(miss)} of {len(t)} studies have no prediction, first {miss[0]!r}', 'Score all studies; give a failed one the score of "not found".')
-    if extra := sorted(set(p[on]) - set(t[on])): raise GKError(f'{len(extra)} prediction(s) for studies that are not in the truth, first {extra[0]!r}', 'Predict the same split that is scored.')
+    if miss := sorted(set(t[on]) - set(p[on])):
+        raise GKError(f'{len(miss)} of {len(t)} studies have no prediction, first {miss[0]!r}',
+                      'Score all studies; give a failed one the score of "not found".')
+    if extra := sorted(set(p[on]) - set(t[on])):
+        raise GKError(f'{len(extra)} prediction(s) for studies that are not in the truth, first {extra[0]!r}',
+                      'Predict the same split that is scored.')
     return t.merge(p, on=on, how='left', suffixes=('_true', '_pred'), validate='one_to_one')
 
 # %% ../../nbs/evaluation/50_metrics.ipynb #1569919a
@@ -113,7 +133,8 @@ def best_threshold(y_val: np.ndarray, # [N] validation labels, 0 or 1
                    ) -> float:
     "The validation threshold with the best criterion (of equals, the highest). Never call it with test data."
     y, s = check_binary(y_val, s_val)
-    if y.all() or not y.any(): raise UndefinedMetric('a threshold cannot be chosen: validation has one class only', 'Use a larger validation split.')
+    if y.all() or not y.any():
+        raise UndefinedMetric('a threshold cannot be chosen: validation has one class only', 'Use a larger validation split.')
     if criterion not in ('f1', 'youden'): raise GKError(f'{criterion!r}: unknown criterion', "Use 'f1' or 'youden'.")
     order = np.argsort(-s, kind='stable'); ys, ss = y[order], s[order]
     last = np.r_[ss[1:] != ss[:-1], True]              # a threshold cannot separate equal scores
@@ -132,14 +153,16 @@ def threshold_metrics(y: np.ndarray, # [N], 0 or 1
     hit = s >= threshold
     tp, fp, fn, tn = (int(np.sum(x)) for x in (hit & y, hit & ~y, ~hit & y, ~hit & ~y))
     ratio = lambda a, b: a / b if b else float('nan')
-    return {'threshold': float(threshold), 'tp': tp, 'fp': fp, 'fn': fn, 'tn': tn, 'accuracy': (tp + tn) / len(y), 'precision': ratio(tp, tp + fp),
+    return {'threshold': float(threshold), 'tp': tp, 'fp': fp, 'fn': fn, 'tn': tn, 'accuracy': (tp + tn) / len(y),
+            'precision': ratio(tp, tp + fp),
             'sensitivity': ratio(tp, tp + fn), 'specificity': ratio(tn, tn + fp), 'f1': ratio(2 * tp, 2 * tp + fp + fn)}
 
 # %% ../../nbs/evaluation/50_metrics.ipynb #06fbfb78
 def check_probability(y: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "As `check_binary`, for probabilities in 0..1."
     y, p = check_binary(y, p)
-    if (p < 0).any() or (p > 1).any(): raise GKError(f'scores in {p.min():.3g}..{p.max():.3g} are not probabilities', 'Apply a sigmoid or softmax first.')
+    if (p < 0).any() or (p > 1).any():
+        raise GKError(f'scores in {p.min():.3g}..{p.max():.3g} are not probabilities', 'Apply a sigmoid or softmax first.')
     return y, p
 
 def mass_bins(p: np.ndarray, n_bins: int = 10) -> np.ndarray:
@@ -178,7 +201,8 @@ def box_iou(a: np.ndarray, # [N, 4] xyxy
         x = np.asarray(x, float)
         if x.size == 0: x = x.reshape(0, 4)
         if x.ndim != 2 or x.shape[1] != 4: raise GKError(f'boxes {name}: shape {x.shape}', 'Pass [N, 4] xyxy.')
-        if not np.isfinite(x).all() or (x[:, 2:] <= x[:, :2]).any(): raise GKError(f'boxes {name}: a box is empty, inverted or not finite', 'Use x0 < x1 and y0 < y1.')
+        if not np.isfinite(x).all() or (x[:, 2:] <= x[:, :2]).any():
+            raise GKError(f'boxes {name}: a box is empty, inverted or not finite', 'Use x0 < x1 and y0 < y1.')
         out.append(x)
     a, b = out
     inter = np.clip(np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2]), 0, None).prod(-1)

@@ -27,14 +27,18 @@ def relation_pairs(training: Sequence[Study]) -> list[tuple[str, str]]:
 def relation_frame(studies: Sequence[Study], pairs: Sequence[tuple[str, str]], scores: dict[str, np.ndarray], # source: [N, 29, E]
                    training: Sequence[Study]) -> pd.DataFrame:
     "study_id, subject_id, split, region, entity, y, one column per source, and `train_prior`: how often training studies state the pair."
-    if not pairs: raise GKError('no training study states a finding at a region', 'Use a data set with region-entity relations, such as the phantom or Chest ImaGenome.')
+    if not pairs:
+        raise GKError('no training study states a finding at a region',
+                      'Use a data set with region-entity relations, such as the phantom or Chest ImaGenome.')
     r, e = np.array([REGION_INDEX[a] for a, _ in pairs]), np.array([ENTITY_INDEX[b] for _, b in pairs])
     y = np.stack([s.relation_matrix()[r, e] == 1 for s in studies])
     prior = np.mean([s.relation_matrix()[r, e] == 1 for s in training], 0)
     n, p = y.shape
     ids = {k: np.repeat([getattr(s, k) for s in studies], p) for k in ('study_id', 'subject_id', 'split')}
-    columns = {k: np.asarray(v)[:, r, e].ravel().astype(np.float32) for k, v in scores.items()} | {'train_prior': np.tile(prior.astype(np.float32), n)}
-    if bad := [k for k, v in columns.items() if not np.isfinite(v).all()]: raise GKError(f'grounding: {bad[0]} has scores that are not finite', 'The model has diverged.')
+    columns = ({k: np.asarray(v)[:, r, e].ravel().astype(np.float32) for k, v in scores.items()}
+               | {'train_prior': np.tile(prior.astype(np.float32), n)})
+    if bad := [k for k, v in columns.items() if not np.isfinite(v).all()]:
+        raise GKError(f'grounding: {bad[0]} has scores that are not finite', 'The model has diverged.')
     return pd.DataFrame({**ids, 'region': [a for a, _ in pairs] * n, 'entity': [b for _, b in pairs] * n, 'y': y.ravel(), **columns})
 
 # %% ../../nbs/evaluation/57_relations.ipynb #a8d1ce7a
@@ -52,7 +56,8 @@ def relation_metrics(frame: pd.DataFrame, # of `relation_frame`, one split
                      ) -> dict[str, np.ndarray]: # {metric: [B]} and 'pairs', the number of pairs that have enough positives
     "Each of `RELATION_METRICS`."
     p = len(frame[['region', 'entity']].drop_duplicates())
-    if not len(frame) or len(frame) % p: raise GKError(f'grounding: {len(frame)} rows are not whole studies of {p} pairs', 'Give the rows of one split.')
+    if not len(frame) or len(frame) % p:
+        raise GKError(f'grounding: {len(frame)} rows are not whole studies of {p} pairs', 'Give the rows of one split.')
     y, s = (frame[c].to_numpy(float).reshape(-1, p) for c in ('y', source))
     w = np.ones((1, len(y))) if weights is None else weights
     enough = (y.sum(0) >= least) & ((1 - y).sum(0) >= least)
@@ -64,4 +69,5 @@ def relation_metrics(frame: pd.DataFrame, # of `relation_frame`, one split
         top = s[np.ix_(rows, k)] >= s[np.ix_(rows, k)].max(1, keepdims=True) - 1e-12
         hit.append((top * y[np.ix_(rows, k)]).sum(1) / top.sum(1)); whose.append(rows)      # equal regions share the point
     hit, whose = np.concatenate(hit), np.concatenate(whose)
-    return {'grounding_auroc': np.nanmean(within, 0), 'grounding_auroc_pooled': _pooled(y, s, w), 'grounding_pointing': weighted_mean(hit, w[:, whose]), 'pairs': np.full(len(w), float(enough.sum()))}
+    return {'grounding_auroc': np.nanmean(within, 0), 'grounding_auroc_pooled': _pooled(y, s, w),
+            'grounding_pointing': weighted_mean(hit, w[:, whose]), 'pairs': np.full(len(w), float(enough.sum()))}

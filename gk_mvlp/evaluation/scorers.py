@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..paths import GKError
 
 # %% ../../nbs/evaluation/59_scorers.ipynb #c5fb12d0
-SCORERS = {'chexbert': ('f1chexbert', 'F1CheXbert', {}), 'radgraph': ('radgraph', 'F1RadGraph', {'reward_level': 'partial'})}      # package, its class, arguments
+# package, its class, arguments
+SCORERS = {'chexbert': ('f1chexbert', 'F1CheXbert', {}), 'radgraph': ('radgraph', 'F1RadGraph', {'reward_level': 'partial'})}
 OBSERVATIONS = 14                                                 # of CheXbert
 
 @lru_cache(maxsize=None)
@@ -25,17 +26,23 @@ def load_scorer(name: str): # an instance of the package's class
     if name not in SCORERS: raise GKError(f'generation.scorers: {name!r}', f'Use some of: {", ".join(SCORERS)}.')
     package, cls, options = SCORERS[name]
     try: make = getattr(importlib.import_module(package), cls)
-    except (ImportError, AttributeError) as err: raise GKError(f'{name}: the package {package} cannot be used ({err})', f'Call pip install {package}, or take {name} out of generation.scorers.') from err
+    except (ImportError, AttributeError) as err:
+        raise GKError(f'{name}: the package {package} cannot be used ({err})',
+                      f'Call pip install {package}, or take {name} out of generation.scorers.') from err
     try: return make(**options)
     except Exception as err:                                      # the packages raise what they like when they cannot fetch
-        raise GKError(f'{name}: its weights cannot be loaded ({type(err).__name__}: {err})', f'{package} fetches them once from the hub: use it once on a machine that has it and copy its cache, or take {name} out of generation.scorers.') from err
+        raise GKError(f'{name}: its weights cannot be loaded ({type(err).__name__}: {err})',
+                      f'{package} fetches them once from the hub: use it once on a machine that has it and copy its cache, or take {name} '
+                      'out of generation.scorers.') from err
 
 # %% ../../nbs/evaluation/59_scorers.ipynb #f6e48184
 def _chexbert(cand: Sequence[str], ref: Sequence[str]) -> dict[str, list]:
     label, known = load_scorer('chexbert').get_label, {}
     for t in tqdm(dict.fromkeys([*cand, *ref]), desc='CheXbert', disable=None):
         v = label(t, mode='rrg')
-        if len(v) != OBSERVATIONS or set(v) - {0, 1}: raise GKError(f'chexbert: {len(v)} answers {sorted(set(map(str, v)))} for one report', f'{OBSERVATIONS} of 0 and 1 are expected: use f1chexbert 0.0.2.')
+        if len(v) != OBSERVATIONS or set(v) - {0, 1}:
+            raise GKError(f'chexbert: {len(v)} answers {sorted(set(map(str, v)))} for one report',
+                          f'{OBSERVATIONS} of 0 and 1 are expected: use f1chexbert 0.0.2.')
         known[t] = ''.join(map(str, v))
     return {'chexbert_candidate': [known[t] for t in cand], 'chexbert_reference': [known[t] for t in ref]}
 

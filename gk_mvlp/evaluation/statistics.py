@@ -25,7 +25,9 @@ class PatientSampler:
     def __init__(self, groups: Sequence):
         groups = np.asarray(groups)
         if groups.ndim != 1 or not len(groups): raise GKError(f'groups of shape {groups.shape}', 'Pass one patient id for each study.')
-        if any(g is None or g != g for g in groups.tolist()): raise GKError('a patient id is missing (None or NaN)', 'Give each study its patient; its own id if there is one study per patient.')
+        if any(g is None or g != g for g in groups.tolist()):
+            raise GKError('a patient id is missing (None or NaN)',
+                          'Give each study its patient; its own id if there is one study per patient.')
         names, self.patient = np.unique(groups.astype(str), return_inverse=True)
         self.n = len(names)
         if self.n < 2: raise GKError('only one patient', 'An interval over patients needs at least two.')
@@ -39,7 +41,8 @@ class PatientSampler:
         return np.repeat(np.arange(len(self.patient)), self.weights(1, rng)[0].astype(int))
 
 def patient_weights(patients: Sequence, n_boot: int = 1000, seed: int = 0) -> np.ndarray:
-    "[n_boot, N] weights of a patient-level bootstrap; they depend on the patients and the seed alone, so that methods scored on the same studies share their resamples."
+    """[n_boot, N] weights of a patient-level bootstrap; they depend on the patients and the seed alone, so that methods scored on the
+    same studies share their resamples."""
     return PatientSampler(patients).weights(n_boot, np.random.default_rng(seed))
 
 # %% ../../nbs/evaluation/51_statistics.ipynb #9cd58ecf
@@ -65,9 +68,11 @@ def _options(n: int, level: float = .95) -> None:
     if not isinstance(n, (int, np.integer)) or n < 20: raise GKError(f'{n!r} resamples', 'Use 20 or more; 1000 for a table.')
     if not 0 < level < 1: raise GKError(f'level {level!r}', 'Use a level between 0 and 1, for example .95.')
 
+# %% ../../nbs/evaluation/51_statistics.ipynb #8f5cae77
 def _same_length(arrays: Sequence, groups: Sequence) -> list[np.ndarray]:
     out = [np.asarray(a) for a in arrays]
-    if any(a.ndim < 1 or len(a) != len(groups) for a in out): raise GKError(f'arrays of lengths {[a.shape for a in out]} for {len(groups)} patient ids', 'Pass arrays with one row per study.')
+    if any(a.ndim < 1 or len(a) != len(groups) for a in out):
+        raise GKError(f'arrays of lengths {[a.shape for a in out]} for {len(groups)} patient ids', 'Pass arrays with one row per study.')
     return out
 
 def _try(metric_fn: Callable, *arrays) -> float:
@@ -79,7 +84,8 @@ def _kept(values: np.ndarray, what: str) -> tuple[np.ndarray, int]:
     "(defined values, number of undefined), or `UndefinedMetric` above 10 %."
     lost = int((~np.isfinite(values)).sum())
     if lost > _MAX_UNDEFINED * len(values):
-        raise UndefinedMetric(f'{what}: the metric is undefined in {lost} of {len(values)} resamples (more than {_MAX_UNDEFINED:.0%})', 'Too few positives or negatives for an interval; report the number alone and say so.')
+        raise UndefinedMetric(f'{what}: the metric is undefined in {lost} of {len(values)} resamples (more than {_MAX_UNDEFINED:.0%})',
+                              'Too few positives or negatives for an interval; report the number alone and say so.')
     return values[np.isfinite(values)], lost
 
 # %% ../../nbs/evaluation/51_statistics.ipynb #6166208e
@@ -176,7 +182,9 @@ def delong(y: np.ndarray, s_a: np.ndarray, s_b: np.ndarray # [N] labels 0/1 and 
     auc, cov = v10.mean(1), np.cov(v10) / n1 + np.cov(v01) / n0
     var, diff = float(max(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1], 0)), float(auc[1] - auc[0])
     if var < 1e-15:
-        if abs(diff) > 1e-12: raise UndefinedMetric(f'DeLong: difference {diff:+.3f} with no variance (both separate the classes fully)', 'Use permutation_test.')
+        if abs(diff) > 1e-12:
+            raise UndefinedMetric(f'DeLong: difference {diff:+.3f} with no variance (both separate the classes fully)',
+                                  'Use permutation_test.')
         z = 0.
     else: z = diff / var ** .5
     return DeLong(float(auc[0]), float(auc[1]), var, z, float(2 * norm.sf(abs(z))), tuple(map(tuple, cov.tolist())))
@@ -184,10 +192,12 @@ def delong(y: np.ndarray, s_a: np.ndarray, s_b: np.ndarray # [N] labels 0/1 and 
 # %% ../../nbs/evaluation/51_statistics.ipynb #b2041b8b
 def holm(pvalues: Sequence[float] # raw p values of one family of comparisons
          ) -> np.ndarray:
-    "Holm-adjusted p values in the given order; NaN or values outside 0..1 are refused, because a dropped comparison weakens the correction."
+    """Holm-adjusted p values in the given order; NaN or values outside 0..1 are refused, because a dropped comparison weakens the
+    correction."""
     p = np.asarray(list(pvalues), float)
     if not p.size: raise GKError('no p values', 'Pass at least one.')
-    if not ((p >= 0) & (p <= 1)).all(): raise GKError(f'p values {p[~((p >= 0) & (p <= 1))]} are not in 0..1', 'Every comparison of the family needs a p value.')
+    if not ((p >= 0) & (p <= 1)).all():
+        raise GKError(f'p values {p[~((p >= 0) & (p <= 1))]} are not in 0..1', 'Every comparison of the family needs a p value.')
     order = np.argsort(p, kind='stable'); m = len(p)
     adjusted = np.empty(m); adjusted[order] = np.maximum.accumulate(np.minimum(1, (m - np.arange(m)) * p[order]))
     return adjusted
@@ -202,7 +212,9 @@ def seed_draws(n_seeds: int, n_boot: int = 1000, seed: int = 0) -> np.ndarray:
     quantiles = (np.arange(DRAWS * n_boot) + .5) / (DRAWS * n_boot)
     return np.random.default_rng(seed + 1).permutation(student.ppf(quantiles, n_seeds - 1)).reshape(DRAWS, n_boot) / n_seeds ** .5
 
-def table_draws(n_seeds: int) -> int: "Draws of patients for a table of corrected tests: the smallest p is 2 in 10,000 with several seeds, 2 in 2500 with one."; return 1000 if n_seeds > 1 else 2500
+def table_draws(n_seeds: int) -> int:
+    "Draws of patients for a table of corrected tests: the smallest p is 2 in 10,000 with several seeds, 2 in 2500 with one."
+    return 1000 if n_seeds > 1 else 2500
 
 # %% ../../nbs/evaluation/51_statistics.ipynb #6c3a1efe
 def aggregate_seeds(metric_fn: Callable[..., float], # metric_fn(y, s)
@@ -235,7 +247,9 @@ def _up_to(s: np.ndarray, weights: np.ndarray, at: np.ndarray # [N], [B, N], [K]
     np.cumsum(weights[:, order], 1, out=total[:, 1:])
     return tuple(total[:, np.searchsorted(s[order], at, side)] for side in ('left', 'right'))
 
-def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray: "a / b, NaN where b is 0."; return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=b > 0)
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    "a / b, NaN where b is 0."
+    return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=b > 0)
 
 def weighted_auroc(y: np.ndarray, s: np.ndarray, weights: np.ndarray # [N] in {0, 1}, [N], [B, N]
                    ) -> np.ndarray: # [B]; NaN where a resample lacks one class
@@ -280,7 +294,8 @@ def class_weighted(metric: str, # one of `WEIGHTED`
                    ) -> dict[int, np.ndarray]:
     "{class: [B] values} of the classes that have a value on all data; NaN where a resample has none."
     if metric not in WEIGHTED: raise GKError(f'metric {metric!r}', f'Use one of: {", ".join(WEIGHTED)}.')
-    if metric in ('f1', 'accuracy') and thresholds is None: raise GKError(f'{metric} without thresholds', 'Take them from validation with class_thresholds.')
+    if metric in ('f1', 'accuracy') and thresholds is None:
+        raise GKError(f'{metric} without thresholds', 'Take them from validation with class_thresholds.')
     out = {}
     for c in range(y.shape[1]):
         k = ~np.isnan(y[:, c])
@@ -296,14 +311,17 @@ def class_weighted(metric: str, # one of `WEIGHTED`
         else: out[c] = (weighted_auroc if metric == 'auroc' else weighted_auprc)(yc, sc, w)
     return out
 
+# %% ../../nbs/evaluation/51_statistics.ipynb #38c576d6
 def macro_of(values: dict[int, np.ndarray], metric: str # of `class_weighted`
              ) -> tuple[np.ndarray, int]:
-    "([B] mean over the classes defined in each resample, number of classes that have a value on all data). `UndefinedMetric` when no class has."
+    """([B] mean over the classes defined in each resample, number of classes that have a value on all data). `UndefinedMetric` when no
+    class has."""
     if not values: raise UndefinedMetric(f'{metric}: no class has a value in the test split', 'Use a larger test split.')
     out = np.stack(list(values.values()))
     return _ratio(np.nansum(out, 0), (~np.isnan(out)).sum(0)), len(out)
 
-def macro_weighted(metric: str, y: np.ndarray, s: np.ndarray, weights: np.ndarray, thresholds: np.ndarray | None = None # as `class_weighted`
+# as `class_weighted`
+def macro_weighted(metric: str, y: np.ndarray, s: np.ndarray, weights: np.ndarray, thresholds: np.ndarray | None = None
                    ) -> tuple[np.ndarray, int]:
     "`macro_of` the `class_weighted` values."
     return macro_of(class_weighted(metric, y, s, weights, thresholds), metric)
@@ -320,14 +338,18 @@ def class_thresholds(y_val: np.ndarray, s_val: np.ndarray, criterion: str = 'f1'
 def seed_mean(values: np.ndarray, # [S, 1 + B]: each seed's metric on all data, then on every resample
               draws: np.ndarray | None = None # [R, B] of `seed_draws`, the default
               ) -> tuple[float, np.ndarray]: # the mean over seeds, [R B] resampled means
-    "Mean over seeds on all data, and resampled; for a difference of methods pass the difference of their values. `UndefinedMetric` if a seed has no value on all data."
+    """Mean over seeds on all data, and resampled; for a difference of methods pass the difference of their values. `UndefinedMetric` if
+    a seed has no value on all data."""
     values = np.asarray(values, float)
-    if not np.isfinite(values[:, 0]).all(): raise UndefinedMetric(f'the metric is undefined for a seed: {values[:, 0]}', 'Report it as undefined.')
+    if not np.isfinite(values[:, 0]).all():
+        raise UndefinedMetric(f'the metric is undefined for a seed: {values[:, 0]}', 'Report it as undefined.')
     if draws is None: draws = seed_draws(len(values), values.shape[1] - 1)
     spread = values[:, 0].std(ddof=1) if len(values) > 1 else 0.
     return float(values[:, 0].mean()), (values[:, 1:].mean(0) + spread * draws).ravel()
 
-def with_whole(weights: np.ndarray) -> np.ndarray: "[1 + B, N]: the whole sample before its resamples."; return np.r_[np.ones((1, weights.shape[1])), weights]
+def with_whole(weights: np.ndarray) -> np.ndarray:
+    "[1 + B, N]: the whole sample before its resamples."
+    return np.r_[np.ones((1, weights.shape[1])), weights]
 
 def percentile_interval(boot: np.ndarray, what: str = 'bootstrap', level: float = .95,
                         share: bool = False # of a metric in 0..1, whose interval ends there: Student's tails know no bounds

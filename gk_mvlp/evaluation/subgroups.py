@@ -24,19 +24,22 @@ ATTRIBUTES = ('sex', 'age', 'view', 'habitus')
 def group_frame(studies: Sequence[Study]) -> pd.DataFrame:
     "study_id, split, sex, age (a band), view, habitus; '' where unknown."
     band = lambda a: '' if a is None or a != a else AGE_BANDS[int(np.searchsorted(AGE_EDGES, a, 'right'))]
-    return pd.DataFrame([(s.study_id, s.split, s.sex, band(s.age), s.view, s.attributes.get('habitus', '')) for s in studies], columns=['study_id', 'split', *ATTRIBUTES])
+    return pd.DataFrame([(s.study_id, s.split, s.sex, band(s.age), s.view, s.attributes.get('habitus', '')) for s in studies],
+                        columns=['study_id', 'split', *ATTRIBUTES])
 
 def area_frame(studies: Sequence[Study]) -> pd.DataFrame:
     "study_id, split, label, area: the share of the picture in a finding's boxes (overlaps counted once per box)."
     rows = [(s.study_id, s.split, b.entity, (b.box[2] - b.box[0]) * (b.box[3] - b.box[1])) for s in studies for b in s.findings]
-    return pd.DataFrame(rows, columns=['study_id', 'split', 'label', 'area']).groupby(['study_id', 'split', 'label'], as_index=False)['area'].sum()
+    return pd.DataFrame(rows, columns=['study_id', 'split', 'label', 'area']).groupby(['study_id', 'split', 'label'],
+        as_index=False)['area'].sum()
 
 # %% ../../nbs/evaluation/56_subgroups.ipynb #259f4f24
 def patient_masks(y: np.ndarray, # [N, C]
                   values: Sequence[str], # [N] of one attribute
                   least: int = 5 # positives and negatives that a class needs in every group
                   ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    "({group: truth [N, C] with NaN outside the group}, bool [C] classes that every group can score). Unknown values are in no group; one group alone is none."
+    """({group: truth [N, C] with NaN outside the group}, bool [C] classes that every group can score). Unknown values are in no group;
+    one group alone is none."""
     values = np.asarray(values)
     out = {g: np.where((values == g)[:, None], y, np.nan) for g in sorted(set(values) - {''})}
     ok = np.array([[min((v[:, c] == 1).sum(), (v[:, c] == 0).sum()) >= least for c in range(y.shape[1])] for v in out.values()])
@@ -65,21 +68,26 @@ def sensitivity_weighted(y: np.ndarray, s: np.ndarray, weights: np.ndarray, # [N
                          thresholds: np.ndarray # [C] from validation; NaN = the class has none
                          ) -> np.ndarray: # [B]
     "Mean over classes of the share of positives found; `UndefinedMetric` when no class has positives and a threshold."
-    out = [weighted_mean(s[k, c] >= thresholds[c], weights[:, k]) for c in range(y.shape[1]) if (k := y[:, c] == 1).any() and not np.isnan(thresholds[c])]
+    out = [weighted_mean(s[k, c] >= thresholds[c], weights[:, k])
+           for c in range(y.shape[1]) if (k := y[:, c] == 1).any() and not np.isnan(thresholds[c])]
     if not out: raise UndefinedMetric('sensitivity: no class has positives and a threshold', 'Use larger validation and test splits.')
     return np.nanmean(out, 0)
 
 def group_values(masks: dict[str, np.ndarray], classes: np.ndarray, # of a `..._masks` function
-                 s: np.ndarray, weights: np.ndarray, thresholds: np.ndarray | None = None) -> dict[str, dict[str, np.ndarray]]: # {metric: {group: [B]}}
+                 # {metric: {group: [B]}}
+                 s: np.ndarray, weights: np.ndarray, thresholds: np.ndarray | None = None) -> dict[str, dict[str, np.ndarray]]:
     "Each of `GROUP_METRICS` of every group over the classes that all groups can score; sensitivity needs thresholds."
     if not masks: raise UndefinedMetric('fewer than two groups can be scored', 'Use a larger test split.')
-    if (classes.shape != (s.shape[1],)) or any(v.shape != s.shape for v in masks.values()): raise GKError(f'scores {s.shape} for masks of another shape', 'They must agree.')
+    if (classes.shape != (s.shape[1],)) or any(v.shape != s.shape for v in masks.values()):
+        raise GKError(f'scores {s.shape} for masks of another shape', 'They must agree.')
     cut = {g: v[:, classes] for g, v in masks.items()}
     out = {'auroc': {g: macro_weighted('auroc', v, s[:, classes], weights)[0] for g, v in cut.items()}}
-    if thresholds is not None and not np.isnan(thresholds[classes]).all(): out['sensitivity'] = {g: sensitivity_weighted(v, s[:, classes], weights, thresholds[classes]) for g, v in cut.items()}
+    if thresholds is not None and not np.isnan(thresholds[classes]).all():
+        out['sensitivity'] = {g: sensitivity_weighted(v, s[:, classes], weights, thresholds[classes]) for g, v in cut.items()}
     return out
 
 def gap_and_worst(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]: # {group: [B]} -> {'gap', 'worst': [B]}
-    "Best minus worst group, and the worst group, in each resample. A gap is never negative, so its interval excludes 0 by construction: differences of two groups are what is tested."
+    """Best minus worst group, and the worst group, in each resample. A gap is never negative, so its interval excludes 0 by
+    construction: differences of two groups are what is tested."""
     v = np.stack(list(values.values()))
     return {'gap': v.max(0) - v.min(0), 'worst': v.min(0)}

@@ -47,12 +47,17 @@ class TextCounts:
 
 def check_texts(candidates: Sequence[str], references: Sequence[str]) -> tuple[list[list[str]], list[list[str]]]:
     "Words of both sides; a missing text or an empty reference is a `GKError`. An empty candidate is allowed: it scores 0."
-    if len(candidates) != len(references): raise GKError(f'{len(candidates)} candidates for {len(references)} references', 'Score every report of the split.')
+    if len(candidates) != len(references):
+        raise GKError(f'{len(candidates)} candidates for {len(references)} references', 'Score every report of the split.')
     if not len(candidates): raise GKError('no reports', 'The test split is empty, or generation wrote nothing.')
     for what, texts in (('candidate', candidates), ('reference', references)):
-        if bad := [i for i, t in enumerate(texts) if not isinstance(t, str)]: raise GKError(f'{len(bad)} {what}(s) are no text, first at position {bad[0]}: {texts[bad[0]]!r}', 'A study without a generated report gets an empty text.')
+        if bad := [i for i, t in enumerate(texts) if not isinstance(t, str)]:
+            raise GKError(f'{len(bad)} {what}(s) are no text, first at position {bad[0]}: {texts[bad[0]]!r}',
+                          'A study without a generated report gets an empty text.')
     out = [words(t) for t in candidates], [words(t) for t in references]
-    if empty := [i for i, w in enumerate(out[1]) if not w]: raise GKError(f'{len(empty)} reference(s) have no word, first at position {empty[0]}', 'Leave studies without a report out of the split, before anything is generated.')
+    if empty := [i for i, w in enumerate(out[1]) if not w]:
+        raise GKError(f'{len(empty)} reference(s) have no word, first at position {empty[0]}',
+                      'Leave studies without a report out of the split, before anything is generated.')
     return out
 
 # %% ../../nbs/evaluation/54_text.ipynb #ee24f582
@@ -66,7 +71,8 @@ def count_texts(candidates: Sequence[str], references: Sequence[str], meteor: bo
     get = lambda k: np.array([x[k] for x in comps], float)
     length = np.stack([get('testlen'), np.array([x['reflen'][0] for x in comps], float)], 1)
     rouge = Rouge()
-    return TextCounts(get('correct'), get('guess'), length, np.array([rouge.calc_score([c], [r]) for c, r in zip(cand, ref, strict=True)]), np.asarray(cider.compute_score()[1], float),
+    return TextCounts(get('correct'), get('guess'), length, np.array([rouge.calc_score([c], [r]) for c, r in zip(cand, ref, strict=True)]),
+                      np.asarray(cider.compute_score()[1], float),
                       meteor_counts(cand, ref) if (has_java() if meteor is None else meteor) else None)
 
 def has_java() -> bool: "Is there a Java program? METEOR needs one."; return shutil.which('java') is not None
@@ -82,8 +88,11 @@ def meteor_counts(cand: Sequence[str], ref: Sequence[str]) -> np.ndarray: # [N, 
     if not has_java(): raise GKError('METEOR needs Java and there is none', 'Install a Java runtime, or report METEOR as absent.')
     m = _meteor_program()
     try: out = np.array([[float(x) for x in m._stat(c, [r]).split()] for c, r in zip(cand, ref, strict=True)])
-    except (ValueError, OSError) as err: raise GKError(f'METEOR\'s Java program failed ({err})', 'Run `java -version`; without a working Java remove it from PATH, and METEOR is reported as absent.') from err
-    if out.ndim != 2 or out.shape[1] != 23: raise GKError(f'METEOR wrote {out.shape} counts instead of 23 per report', 'Use METEOR 1.5 as it comes with pycocoevalcap.')
+    except (ValueError, OSError) as err:
+        raise GKError(f'METEOR\'s Java program failed ({err})',
+                      'Run `java -version`; without a working Java remove it from PATH, and METEOR is reported as absent.') from err
+    if out.ndim != 2 or out.shape[1] != 23:
+        raise GKError(f'METEOR wrote {out.shape} counts instead of 23 per report', 'Use METEOR 1.5 as it comes with pycocoevalcap.')
     whole = (out[:, 21] == out[:, 0]) & (out[:, 22] == out[:, 1]) & (out[:, 20] == 1)
     out[whole, 20] = 0                                            # as METEOR does: a report matched as a whole has no fragment
     return out
@@ -95,7 +104,8 @@ def meteor_score(s: np.ndarray # [..., 23] counts, of one report or summed
     alpha, beta, gamma, delta, kinds = .85, .2, .6, .75, np.array([1., .6, .8, .6])
     content, func = s[..., 4:20:4], s[..., 6:20:4]                # matched in the candidate, by kind; the reference's are next to them
     content_r, func_r = s[..., 5:20:4], s[..., 7:20:4]
-    part = lambda c, f, n, nf: np.divide((kinds * (delta * c + (1 - delta) * f)).sum(-1), x := delta * (n - nf) + (1 - delta) * nf, out=np.zeros(s.shape[:-1]), where=x > 0)
+    part = lambda c, f, n, nf: np.divide((kinds * (delta * c + (1 - delta) * f)).sum(-1), x := delta * (n - nf) + (1 - delta) * nf,
+                                         out=np.zeros(s.shape[:-1]), where=x > 0)
     p, r = part(content, func, s[..., 0], s[..., 2]), part(content_r, func_r, s[..., 1], s[..., 3])
     f = np.divide(p * r, x := alpha * p + (1 - alpha) * r, out=np.zeros_like(p), where=x > 0)
     matches = (s[..., 21] + s[..., 22]) / 2
@@ -111,7 +121,8 @@ def nlg_values(c: TextCounts, weights: np.ndarray | None = None # [B, N]; None: 
     ratio = (length[:, 0] + 1e-15) / (length[:, 1] + 1e-9)
     bleu = precision * np.where(ratio < 1, np.exp(1 - 1 / np.maximum(ratio, 1e-3)), 1)[:, None]
     mean = lambda x: w @ x / w.sum(1)
-    return {**{f'bleu_{n + 1}': bleu[:, n] for n in range(4)}, 'rouge_l': mean(c.rouge), 'cider': mean(c.cider), 'meteor': np.full(len(w), np.nan) if c.meteor is None else meteor_score(w @ c.meteor)}
+    return {**{f'bleu_{n + 1}': bleu[:, n] for n in range(4)}, 'rouge_l': mean(c.rouge), 'cider': mean(c.cider),
+            'meteor': np.full(len(w), np.nan) if c.meteor is None else meteor_score(w @ c.meteor)}
 
 # %% ../../nbs/evaluation/54_text.ipynb #898507e1
 def peer_references(references: Sequence[str], training: Sequence[str], least: int = 3, longest: int = 60) -> list[str]:
@@ -120,7 +131,8 @@ def peer_references(references: Sequence[str], training: Sequence[str], least: i
     return [' '.join(w if seen[w] >= least else 'unk' for w in words(t)[:longest]) for t in references]
 
 # %% ../../nbs/evaluation/54_text.ipynb #dba0ab9c
-CLINICAL_METRICS = ('clinical_precision', 'clinical_recall', 'clinical_f1', 'clinical_macro_precision', 'clinical_macro_recall', 'clinical_macro_f1')
+CLINICAL_METRICS = ('clinical_precision', 'clinical_recall', 'clinical_f1', 'clinical_macro_precision', 'clinical_macro_recall',
+                    'clinical_macro_f1')
 
 def stated_entities(texts: Sequence[str]) -> np.ndarray: # bool [N, E]
     "Which entities each report states as present."
@@ -136,7 +148,8 @@ def _over(a: np.ndarray, b: np.ndarray) -> np.ndarray: return np.divide(a, b, ou
 def clinical_values(candidate: np.ndarray, reference: np.ndarray, # bool [N, E]
                     weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
     "Each of `CLINICAL_METRICS` as [B]; `UndefinedMetric` if no reference states anything."
-    if candidate.shape != reference.shape: raise GKError(f'entities {candidate.shape} for references {reference.shape}', 'Read the same reports.')
+    if candidate.shape != reference.shape:
+        raise GKError(f'entities {candidate.shape} for references {reference.shape}', 'Read the same reports.')
     if not reference.any(): raise UndefinedMetric('no reference states a finding', 'Use a test split with findings.')
     w = np.ones((1, len(reference))) if weights is None else weights
     tp, fp, fn = (w @ x.astype(float) for x in (candidate & reference, candidate & ~reference, ~candidate & reference))
@@ -145,8 +158,10 @@ def clinical_values(candidate: np.ndarray, reference: np.ndarray, # bool [N, E]
         x = np.where(stated, np.nan_to_num(x), 0)
         return _over(x.sum(1), stated.sum(1))
     TP, FP, FN = tp.sum(1), fp.sum(1), fn.sum(1)
-    return {'clinical_precision': np.nan_to_num(_over(TP, TP + FP)), 'clinical_recall': _over(TP, TP + FN), 'clinical_f1': _over(2 * TP, 2 * TP + FP + FN),
-            'clinical_macro_precision': mean(_over(tp, tp + fp)), 'clinical_macro_recall': mean(_over(tp, tp + fn)), 'clinical_macro_f1': mean(_over(2 * tp, 2 * tp + fp + fn))}
+    return {'clinical_precision': np.nan_to_num(_over(TP, TP + FP)), 'clinical_recall': _over(TP, TP + FN),
+            'clinical_f1': _over(2 * TP, 2 * TP + FP + FN),
+            'clinical_macro_precision': mean(_over(tp, tp + fp)), 'clinical_macro_recall': mean(_over(tp, tp + fn)),
+            'clinical_macro_f1': mean(_over(2 * tp, 2 * tp + fp + fn))}
 
 # %% ../../nbs/evaluation/54_text.ipynb #7010a1f4
 def outside_values(frame: pd.DataFrame, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -164,13 +179,17 @@ def outside_values(frame: pd.DataFrame, weights: np.ndarray | None = None) -> di
 def report_frame(studies: Sequence, candidates: Sequence[str], **columns) -> pd.DataFrame:
     "study_id, subject_id, split, reference, candidate and the given columns."
     if len(candidates) != len(studies): raise GKError(f'{len(candidates)} reports for {len(studies)} studies', 'Generate one for each.')
-    return pd.DataFrame({**columns, 'study_id': [s.study_id for s in studies], 'subject_id': [s.subject_id for s in studies], 'split': [s.split for s in studies],
+    return pd.DataFrame({**columns, 'study_id': [s.study_id for s in studies], 'subject_id': [s.subject_id for s in studies],
+                         'split': [s.split for s in studies],
                          'reference': [s.report for s in studies], 'candidate': list(candidates)})
 
 def report_metrics(frame: pd.DataFrame, weights: np.ndarray | None = None, # of `report_frame`; [B, N]
                    meteor: bool | None = None) -> dict[str, np.ndarray]:
     "Each of `NLG_METRICS` and `CLINICAL_METRICS`, and of `outside_values`, as [B]; METEOR is NaN where it is absent."
-    if missing := sorted({'study_id', 'reference', 'candidate'} - set(frame)): raise GKError(f'reports: no column {missing[0]!r}', 'Write the table with report_frame.')
-    if (dup := frame['study_id'].duplicated()).any(): raise GKError(f'reports: study {frame["study_id"][dup].iloc[0]!r} repeats', 'Keep one report for each study.')
+    if missing := sorted({'study_id', 'reference', 'candidate'} - set(frame)):
+        raise GKError(f'reports: no column {missing[0]!r}', 'Write the table with report_frame.')
+    if (dup := frame['study_id'].duplicated()).any():
+        raise GKError(f'reports: study {frame["study_id"][dup].iloc[0]!r} repeats', 'Keep one report for each study.')
     cand, ref = frame['candidate'].tolist(), frame['reference'].tolist()
-    return nlg_values(count_texts(cand, ref, meteor), weights) | clinical_values(stated_entities(cand), stated_entities(ref), weights) | outside_values(frame, weights)
+    return (nlg_values(count_texts(cand, ref, meteor), weights) | clinical_values(stated_entities(cand), stated_entities(ref), weights)
+            | outside_values(frame, weights))

@@ -29,14 +29,18 @@ def normalize_answer(text: str) -> str:
 # %% ../../nbs/evaluation/55_vqa.ipynb #b8c0b42b
 def _check_references(qids: Sequence[str], answers: Sequence[str]) -> None:
     empty = [(q, a) for q, a in zip(qids, answers, strict=True) if not isinstance(a, str) or not normalize_answer(a)]
-    if empty: raise GKError(f'question {empty[0][0]!r}: nothing is left of its true answer {empty[0][1]!r} ({len(empty)} such questions)', 'Give an answer in letters or digits, or leave the question out.')
+    if empty:
+        raise GKError(f'question {empty[0][0]!r}: nothing is left of its true answer {empty[0][1]!r} ({len(empty)} such questions)',
+                      'Give an answer in letters or digits, or leave the question out.')
 
 def question_frame(studies: Sequence[Study], splits: Sequence[str] = ('train', 'val', 'test')) -> pd.DataFrame:
     "qid, study_id, subject_id, split, question, question_type, answer_type, answer of every question of the splits."
-    rows = [(q.qid or f'{s.study_id}-q{k}', s.study_id, s.subject_id, s.split, q.question, q.question_type, q.answer_type, q.answer) for s in studies if s.split in splits for k, q in enumerate(s.qa)]
+    rows = [(q.qid or f'{s.study_id}-q{k}', s.study_id, s.subject_id, s.split, q.question, q.question_type, q.answer_type, q.answer)
+            for s in studies if s.split in splits for k, q in enumerate(s.qa)]
     if not rows: raise GKError(f'no questions in the splits {", ".join(splits)}', 'Use a data set with questions: phantom, vqa_rad, slake.')
     f = pd.DataFrame(rows, columns=['qid', 'study_id', 'subject_id', 'split', 'question', 'question_type', 'answer_type', 'answer'])
-    if (dup := f['qid'].duplicated()).any(): raise GKError(f'question id {f["qid"][dup].iloc[0]!r} repeats', 'Give every question its own qid.')
+    if (dup := f['qid'].duplicated()).any():
+        raise GKError(f'question id {f["qid"][dup].iloc[0]!r} repeats', 'Give every question its own qid.')
     if len(odd := sorted(set(f['answer_type']) - {'open', 'closed'})): raise GKError(f'answer type {odd[0]!r}', 'Use open or closed.')
     _check_references(f['qid'], f['answer'])
     return f
@@ -60,17 +64,23 @@ def majority_answers(train: pd.DataFrame, asked: pd.DataFrame, # of `question_fr
     kinds, types = _most_frequent(train, ['question_type', 'answer_type']), _most_frequent(train, ['answer_type'])
     texts = _most_frequent(train, ['_question']) if by_question else {}
     overall = _most_frequent(train.assign(_all=0), ['_all'])[(0,)]
-    return [texts.get((q,)) or kinds.get((t, a)) or types.get((a,)) or overall for q, t, a in zip(asked['_question'], asked['question_type'], asked['answer_type'])]
+    return [texts.get((q,)) or kinds.get((t, a)) or types.get((a,)) or overall
+            for q, t, a in zip(asked['_question'], asked['question_type'], asked['answer_type'])]
 
 # %% ../../nbs/evaluation/55_vqa.ipynb #74fc45fb
 VQA_METRICS = ('accuracy', 'closed_accuracy', 'open_accuracy')
 
 def check_answers(frame: pd.DataFrame) -> np.ndarray: # bool [Q]
-    "Which predictions are right; a missing or repeated one, or a true answer that is empty, is a `GKError`. An empty prediction is an answer, and wrong."
-    if missing := sorted({'qid', 'answer', 'answer_type', 'question_type', 'prediction'} - set(frame)): raise GKError(f'answers: no column {missing[0]!r}', 'Add a prediction to each row of question_frame.')
+    """Which predictions are right; a missing or repeated one, or a true answer that is empty, is a `GKError`. An empty prediction is an
+    answer, and wrong."""
+    if missing := sorted({'qid', 'answer', 'answer_type', 'question_type', 'prediction'} - set(frame)):
+        raise GKError(f'answers: no column {missing[0]!r}', 'Add a prediction to each row of question_frame.')
     if not len(frame): raise GKError('answers: no questions', 'The test split is empty.')
-    if (dup := frame['qid'].duplicated()).any(): raise GKError(f'answers: question {frame["qid"][dup].iloc[0]!r} repeats', 'Keep one prediction for each question.')
-    if (bad := ~frame['prediction'].map(lambda p: isinstance(p, str)).to_numpy(bool)).any(): raise GKError(f'answers: {int(bad.sum())} question(s) without a prediction, first {frame["qid"][bad].iloc[0]!r}', 'A question without an answer gets an empty text and counts as wrong.')
+    if (dup := frame['qid'].duplicated()).any():
+        raise GKError(f'answers: question {frame["qid"][dup].iloc[0]!r} repeats', 'Keep one prediction for each question.')
+    if (bad := ~frame['prediction'].map(lambda p: isinstance(p, str)).to_numpy(bool)).any():
+        raise GKError(f'answers: {int(bad.sum())} question(s) without a prediction, first {frame["qid"][bad].iloc[0]!r}',
+                      'A question without an answer gets an empty text and counts as wrong.')
     _check_references(frame['qid'], frame['answer'])
     return (frame['answer'].map(normalize_answer) == frame['prediction'].map(normalize_answer)).to_numpy()
 

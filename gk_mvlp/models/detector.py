@@ -47,22 +47,28 @@ class DetectorConfig:
     score_threshold: float = .3      # a region below it is "not found"; the score of `prior` is the expected IoU
 
     def __post_init__(self):
-        if self.backbone not in ('small', 'resnet50'): raise GKError(f'DetectorConfig.backbone is {self.backbone!r}', "Use 'small' or 'resnet50'.")
+        if self.backbone not in ('small', 'resnet50'):
+            raise GKError(f'DetectorConfig.backbone is {self.backbone!r}', "Use 'small' or 'resnet50'.")
         if not self.head: object.__setattr__(self, 'head', 'prior' if self.backbone == 'small' else 'faster_rcnn')
-        if self.head not in ('prior', 'faster_rcnn'): raise GKError(f'DetectorConfig.head is {self.head!r}', "Use 'prior' or 'faster_rcnn'.")
+        if self.head not in ('prior', 'faster_rcnn'):
+            raise GKError(f'DetectorConfig.head is {self.head!r}', "Use 'prior' or 'faster_rcnn'.")
         if self.anchors not in ('ours', 'rgrg'): raise GKError(f'DetectorConfig.anchors is {self.anchors!r}', "Use 'ours' or 'rgrg'.")
         if not self.feature_dim: object.__setattr__(self, 'feature_dim', 64 if self.backbone == 'small' else 2048)
-        if self.backbone == 'resnet50' and self.feature_dim != 2048: raise GKError(f'DetectorConfig.feature_dim is {self.feature_dim}', 'ResNet-50 gives 2048.')
+        if self.backbone == 'resnet50' and self.feature_dim != 2048:
+            raise GKError(f'DetectorConfig.feature_dim is {self.feature_dim}', 'ResNet-50 gives 2048.')
         if self.feature_dim % 8: raise GKError(f'DetectorConfig.feature_dim is {self.feature_dim}', 'Use a multiple of 8.')
-        if self.image_size < 32 or self.image_size % 32: raise GKError(f'DetectorConfig.image_size is {self.image_size}', 'Use a multiple of 32.')
-        if not 0 <= self.score_threshold < 1: raise GKError(f'DetectorConfig.score_threshold is {self.score_threshold}', 'Use 0 to below 1.')
+        if self.image_size < 32 or self.image_size % 32:
+            raise GKError(f'DetectorConfig.image_size is {self.image_size}', 'Use a multiple of 32.')
+        if not 0 <= self.score_threshold < 1:
+            raise GKError(f'DetectorConfig.score_threshold is {self.score_threshold}', 'Use 0 to below 1.')
 
 # %% ../../nbs/models/21_detector.ipynb #b3f5957d
 class _Block(nn.Module):
     "Residual block of two 3x3 convolutions."
     def __init__(self, inp: int, out: int, stride: int = 1, dilation: int = 1):
         super().__init__()
-        self.main = nn.Sequential(nn.Conv2d(inp, out, 3, stride, dilation, dilation, bias=False), nn.GroupNorm(8, out), nn.ReLU(inplace=True),
+        self.main = nn.Sequential(nn.Conv2d(inp, out, 3, stride, dilation, dilation, bias=False), nn.GroupNorm(8, out),
+                                  nn.ReLU(inplace=True),
                                   nn.Conv2d(out, out, 3, 1, dilation, dilation, bias=False), nn.GroupNorm(8, out))
         self.skip = nn.Identity() if inp == out and stride == 1 else nn.Conv2d(inp, out, 1, stride, bias=False)
     def forward(self, x: Tensor) -> Tensor: return F.relu(self.main(x) + self.skip(x))
@@ -117,7 +123,8 @@ class _Stage(nn.Module):
 
     def forward(self, maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         grow = torch.tensor([0., 0., math.log(1.5), math.log(1.5)], device=boxes.device).expand_as(boxes)
-        seen = pool_regions(maps, move_boxes(boxes, grow), 5, samples=1).flatten(2)     # RoIAlign's backward pass is the dearest part of a step
+        # RoIAlign's backward pass is the dearest part of a step
+        seen = pool_regions(maps, move_boxes(boxes, grow), 5, samples=1).flatten(2)
         whole = F.adaptive_avg_pool2d(maps, 4).flatten(1)[:, None]
         h = F.relu(self.local(seen) + self.context(whole) + self.region)
         out = torch.einsum('brh,rho->bro', h, self.out) + self.bias
@@ -152,7 +159,8 @@ class PriorHead(nn.Module):
 # %% ../../nbs/models/21_detector.ipynb #74f86bd2
 def anchor_generator(image_size: int, kind: str = 'ours') -> AnchorGenerator:
     "Boxes that the region proposal network starts from."
-    if kind == 'ours': return AnchorGenerator((tuple(round(image_size * f) for f in (.05, .1, .17, .25, .35, .6)),), ((.25, .5, 1., 2., 4.),))
+    if kind == 'ours':
+        return AnchorGenerator((tuple(round(image_size * f) for f in (.05, .1, .17, .25, .35, .6)),), ((.25, .5, 1., 2., 4.),))
     sizes = tuple(round(image_size * s / 512) for s in (20, 40, 60, 80, 100, 120, 140, 160, 180, 300))
     return AnchorGenerator((sizes,), ((.2, .25, .4, .5, .6, .7, .8, .9, 1., 1.3, 1.5, 2.1, 2.6, 3., 5., 8.),))
 
@@ -163,7 +171,8 @@ class FasterRCNNHead(nn.Module):
         super().__init__()
         backbone.out_channels = dim
         rcnn = FasterRCNN(backbone, NUM_REGIONS + 1, rpn_anchor_generator=anchor_generator(image_size, anchors),
-                          box_roi_pool=MultiScaleRoIAlign(['0'], 8 if dim > 256 else 5, 2), rpn_post_nms_top_n_train=500, rpn_post_nms_top_n_test=500,
+                          box_roi_pool=MultiScaleRoIAlign(['0'], 8 if dim > 256 else 5, 2), rpn_post_nms_top_n_train=500,
+                          rpn_post_nms_top_n_test=500,
                           rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=1000, box_batch_size_per_image=256)
         self.rpn, self.roi_heads, self.image_size = rcnn.rpn, rcnn.roi_heads, image_size
 
@@ -183,7 +192,8 @@ class FasterRCNNHead(nn.Module):
         "As `PriorHead`: the best proposal's box [B, 29, 4] and the logit [B, 29] of its class probability."
         images, features = self._frame(maps)
         proposals, _ = self.rpn(images, features)
-        logits, delta = self.roi_heads.box_predictor(self.roi_heads.box_head(self.roi_heads.box_roi_pool(features, proposals, images.image_sizes)))
+        logits, delta = self.roi_heads.box_predictor(self.roi_heads.box_head(self.roi_heads.box_roi_pool(features, proposals,
+            images.image_sizes)))
         boxes, counts = self.roi_heads.box_coder.decode(delta, proposals), [len(p) for p in proposals]
         best = [p.max(0) for p in logits.softmax(-1)[:, 1:].split(counts)]
         classes = torch.arange(1, NUM_REGIONS + 1, device=boxes.device)
@@ -197,7 +207,8 @@ class RegionDetector(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = small_backbone(config.feature_dim) if config.backbone == 'small' else resnet50_backbone()
-        self.head = PriorHead(config.feature_dim) if config.head == 'prior' else FasterRCNNHead(self.backbone, config.feature_dim, config.image_size, config.anchors)
+        self.head = (PriorHead(config.feature_dim) if config.head == 'prior'
+                     else FasterRCNNHead(self.backbone, config.feature_dim, config.image_size, config.anchors))
 
     def _check(self, images: Tensor) -> None:
         s = self.config.image_size
@@ -228,7 +239,8 @@ class RegionDetector(nn.Module):
             features = pool_regions(maps, boxes, 4).mean((-2, -1)).float() * valid[..., None]
             parts.append((boxes, scores, valid, features))
         self.train(was)
-        return {k: torch.cat(v).to(images.device) for k, v in zip(('boxes', 'scores', 'valid', 'features'), zip(*parts, strict=True), strict=True)}
+        return {k: torch.cat(v).to(images.device)
+                for k, v in zip(('boxes', 'scores', 'valid', 'features'), zip(*parts, strict=True), strict=True)}
 
 # %% ../../nbs/models/21_detector.ipynb #d35c61be
 @patch
@@ -240,7 +252,8 @@ def describe(self: RegionDetector, images: Tensor, # float [B, 1, S, S] from `to
     self._check(images)
     was, device = self.training, next(self.parameters()).device
     self.eval()
-    out = [pool_regions(self.backbone(x.to(device)), b.to(device), 4).mean((-2, -1)).float() for x, b in zip(images.split(batch_size), boxes.float().split(batch_size), strict=True)]
+    out = [pool_regions(self.backbone(x.to(device)), b.to(device), 4).mean((-2, -1)).float()
+           for x, b in zip(images.split(batch_size), boxes.float().split(batch_size), strict=True)]
     self.train(was)
     return torch.cat(out).to(images.device)
 
@@ -265,9 +278,12 @@ def load_detector(folder: str | Path) -> RegionDetector:
     for name in ('config.json', 'model.safetensors'):
         if not (folder/name).is_file(): raise GKError(f'{folder/name}: no such file', 'Give the folder that RegionDetector.save wrote.')
     try: model = RegionDetector(DetectorConfig(**json.loads(read_text(folder/'config.json'))))
-    except (json.JSONDecodeError, TypeError) as err: raise GKError(f'{folder}/config.json: not a detector\'s ({err})', 'Train the detector again.') from err
+    except (json.JSONDecodeError, TypeError) as err:
+        raise GKError(f'{folder}/config.json: not a detector\'s ({err})', 'Train the detector again.') from err
     try: model.load_state_dict(load_file(folder/'model.safetensors'))
-    except (SafetensorError, RuntimeError) as err: raise GKError(f'{folder}/model.safetensors: damaged, or of another config ({str(err).splitlines()[0]})', 'Train the detector again.') from err
+    except (SafetensorError, RuntimeError) as err:
+        raise GKError(f'{folder}/model.safetensors: damaged, or of another config ({str(err).splitlines()[0]})',
+                      'Train the detector again.') from err
     return model.eval().requires_grad_(False)
 
 RegionDetector.save, RegionDetector.load = save_detector, staticmethod(load_detector)
@@ -281,17 +297,24 @@ def convert_rgrg(path: str | Path, # of RGRG's object detector or full model
     path = Path(path)
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError as err: raise GKError(f'{path}: no such file', "Give RGRG's checkpoint.") from err
-    except Exception as err: raise GKError(f'{path}: cannot be read as plain weights ({type(err).__name__})', "Give RGRG's checkpoint (.pt), whole; files with other objects are not opened.") from err
+    except Exception as err:
+        raise GKError(f'{path}: cannot be read as plain weights ({type(err).__name__})',
+                      "Give RGRG's checkpoint (.pt), whole; files with other objects are not opened.") from err
     state = state.get('model', state.get('state_dict', state)) if isinstance(state, dict) else {}
     state = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    if any(k.startswith('object_detector.') for k in state): state = {k.removeprefix('object_detector.'): v for k, v in state.items() if k.startswith('object_detector.')}
-    name = lambda k: (k if k.startswith('backbone.') else f'head.{k}').replace('rpn.head.conv.weight', 'rpn.head.conv.0.0.weight').replace('rpn.head.conv.bias', 'rpn.head.conv.0.0.bias')
+    if any(k.startswith('object_detector.') for k in state):
+        state = {k.removeprefix('object_detector.'): v for k, v in state.items() if k.startswith('object_detector.')}
+    name = lambda k: (k if k.startswith('backbone.') else f'head.{k}').replace('rpn.head.conv.weight',
+        'rpn.head.conv.0.0.weight').replace('rpn.head.conv.bias', 'rpn.head.conv.0.0.bias')
     new = {name(k): v.clone() for k, v in state.items() if not k.startswith('roi_heads.dim_reduction.')}
     model = RegionDetector(DetectorConfig(image_size=image_size, backbone='resnet50', anchors='rgrg'))
     own = model.state_dict()
-    wrong = {'missing': [k for k in own if k not in new], 'not known': [k for k in new if k not in own], 'of another shape': [k for k in own if k in new and own[k].shape != new[k].shape]}
+    wrong = {'missing': [k for k in own if k not in new], 'not known': [k for k in new if k not in own],
+             'of another shape': [k for k in own if k in new and own[k].shape != new[k].shape]}
     if any(wrong.values()):
-        raise GKError(f'{path}: not RGRG\'s detector: ' + '; '.join(f'{len(v)} of {len(own)} tensors {k} ({", ".join(v[:3])}{", ..." if len(v) > 3 else ""})' for k, v in wrong.items() if v), "Give the published object detector's or full model's checkpoint.")
+        raise GKError(f'{path}: not RGRG\'s detector: '
+                      + '; '.join(f'{len(v)} of {len(own)} tensors {k} ({", ".join(v[:3])}{", ..." if len(v) > 3 else ""})'
+                                  for k, v in wrong.items() if v), "Give the published object detector's or full model's checkpoint.")
     w, scale, shift = new['backbone.0.weight'], .25 / RGRG_STD, (.5 - RGRG_MEAN) / RGRG_STD
     new['backbone.1.running_mean'] = new['backbone.1.running_mean'] - shift * w.sum((1, 2, 3))
     new['backbone.0.weight'] = w * scale
@@ -319,15 +342,18 @@ def region_metrics(pred_boxes, # [N, 29, 4], 0..1
                    true_boxes, # [N, 29, 4]
                    true_valid, # [N, 29] bool
                    names: Sequence[str] = REGIONS) -> pd.DataFrame:
-    "Columns region, iou, detection_rate, n (pictures in which it is there), false_alarms (reported where it is not). Regions with n = 0 have NaN."
+    """Columns region, iou, detection_rate, n (pictures in which it is there), false_alarms (reported where it is not). Regions with n =
+    0 have NaN."""
     pb, tb = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (pred_boxes, true_boxes))
     pv, tv = np.asarray(pred_valid, bool), np.asarray(true_valid, bool)
     if pb.shape != tb.shape or pv.shape != tv.shape or pb.shape[:2] != pv.shape or pb.shape[1:] != (len(names), 4):
-        raise GKError(f'region_metrics got boxes {list(pb.shape)} and {list(tb.shape)}, validity {list(pv.shape)} and {list(tv.shape)}', f'Give [N, {len(names)}, 4] and [N, {len(names)}].')
+        raise GKError(f'region_metrics got boxes {list(pb.shape)} and {list(tb.shape)}, validity {list(pv.shape)} and {list(tv.shape)}',
+                      f'Give [N, {len(names)}, 4] and [N, {len(names)}].')
     iou = np.where(pv, paired_iou(pb, tb).numpy(), 0.)
     n = tv.sum(0)
     mean = lambda x: np.divide((x * tv).sum(0), n, out=np.full(len(n), np.nan), where=n > 0)
-    return pd.DataFrame({'region': list(names), 'iou': mean(iou), 'detection_rate': mean(iou > .5), 'n': n, 'false_alarms': (pv & ~tv).sum(0)})
+    return pd.DataFrame({'region': list(names), 'iou': mean(iou), 'detection_rate': mean(iou > .5), 'n': n,
+                         'false_alarms': (pv & ~tv).sum(0)})
 
 # %% ../../nbs/models/21_detector.ipynb #c4b49257
 def _in_picture(boxes: Tensor, moved: Tensor) -> Tensor:
@@ -341,7 +367,8 @@ def stretch(images: Tensor, # float [B, 1, S, S]
             generator: torch.Generator, strength: float) -> tuple[Tensor, Tensor]:
     "Zoom x and y apart (by up to 20 % at strength 1) and shift (8 %), outside black."
     u = torch.rand(len(images), 4, generator=generator) * 2 - 1
-    zoom, shift = torch.exp(u[:, :2] * .2 * strength), u[:, 2:] * .08 * strength          # picture point p (about the centre) goes to zoom * p + shift
+    # picture point p (about the centre) goes to zoom * p + shift
+    zoom, shift = torch.exp(u[:, :2] * .2 * strength), u[:, 2:] * .08 * strength
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = 1 / zoom[:, 0], 1 / zoom[:, 1], -2 * shift / zoom
     out = F.grid_sample(images - BLACK, F.affine_grid(theta, list(images.shape), align_corners=False), align_corners=False) + BLACK
@@ -372,7 +399,8 @@ def _through(x: Tensor, at: Tensor, to: Tensor) -> Tensor: # [B, M], [B, K], [B,
 
 def _build(edges: Tensor, u: Tensor, strength: float # [B, 2 or 4] from the first lung edge to the last, [B, 7] in 0..1
            ) -> tuple[Tensor, Tensor]: # knots before and after [B, 6 or 8]
-    "Margins by a factor of up to 1.8, walls up to 6 times as thick, the mediastinum 0.7 to 2.7 times; then the lungs' size (28 %) and place (6 %)."
+    """Margins by a factor of up to 1.8, walls up to 6 times as thick, the mediastinum 0.7 to 2.7 times; then the lungs' size (28 %) and
+    place (6 %)."""
     first, last, v = edges[:, :1], edges[:, -1:], 2 * u - 1
     old = torch.cat([first - 1, first - WALL, edges, last + WALL, last + 1], 1)
     factor = torch.ones(len(edges), old.shape[1] - 1)
@@ -409,7 +437,8 @@ class DetectionSet(Dataset):
                  strength: float = 0., # of the augmentation; 0 = none
                  seed: int = 0,
                  build: float = 0.): # of `vary_build`, in place of `stretch`
-        if not len(images) == len(boxes) == len(valid): raise GKError(f'{len(images)} pictures, {len(boxes)} boxes, {len(valid)} validities', 'Give one of each for every picture.')
+        if not len(images) == len(boxes) == len(valid):
+            raise GKError(f'{len(images)} pictures, {len(boxes)} boxes, {len(valid)} validities', 'Give one of each for every picture.')
         self.images, self.valid = torch.as_tensor(np.asarray(images)), torch.as_tensor(np.asarray(valid, bool))
         self.boxes = torch.as_tensor(np.asarray(boxes), dtype=torch.float32) * self.valid[..., None]
         self.strength, self.build, self.seed, self.epoch = strength, build, seed, 0
@@ -433,13 +462,16 @@ def train_detector(images: np.ndarray, # uint8 [N, S, S]
                    run_dir: str | Path, # gets checkpoints, history.csv, tensorboard/
                    train: TrainConfig,
                    config: DetectorConfig = DetectorConfig(),
-                   val: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None, # the same three for validation: the best epoch by mean IoU is kept
+                   # the same three for validation: the best epoch by mean IoU is kept
+                   val: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
                    strength: float = 1., # of the augmentation
                    quiet: bool = False,
                    build: float = 0. # of `vary_build`
                    ) -> RegionDetector:
     "A trained detector in evaluation mode. Resumes from `run_dir` if training was interrupted."
-    if not np.asarray(valid, bool).any(): raise GKError('no training picture has a region box', 'Train the detector on data with region boxes, such as the phantom or Chest ImaGenome.')
+    if not np.asarray(valid, bool).any():
+        raise GKError('no training picture has a region box',
+                      'Train the detector on data with region boxes, such as the phantom or Chest ImaGenome.')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)                      # the initial weights depend on the seed alone
         model = RegionDetector(config)

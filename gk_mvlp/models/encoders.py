@@ -36,12 +36,16 @@ class LoadReport:
 
     def __str__(self) -> str:
         show = lambda names: f'{len(names)} ({", ".join(names[:4])}{", ..." if len(names) > 4 else ""})' if names else 'none'
-        return f'{self.source}: {self.loaded} of {self.total} tensors loaded, missing {show(self.missing)}, not used {show(self.unexpected)}'
+        return (f'{self.source}: {self.loaded} of {self.total} tensors loaded, missing {show(self.missing)}, not used '
+                f'{show(self.unexpected)}')
 
     def check(self) -> 'LoadReport':
         "Itself; a `GKError` if a tensor is missing, a warning if one is left over that is of no head."
-        if self.missing: raise GKError(str(self), 'These would keep random values. Give a checkpoint of this very architecture, or build the encoder without one.')
-        if any(not n.startswith(self.heads) for n in self.unexpected): warnings.warn(f'{self}. Is it a checkpoint of another architecture?', stacklevel=3)
+        if self.missing:
+            raise GKError(str(self), 'These would keep random values. Give a checkpoint of this very architecture, or build the encoder '
+                                     'without one.')
+        if any(not n.startswith(self.heads) for n in self.unexpected):
+            warnings.warn(f'{self}. Is it a checkpoint of another architecture?', stacklevel=3)
         return self
 
 # %% ../../nbs/models/20_encoders.ipynb #a85e8a3e
@@ -49,7 +53,8 @@ def _stem(name: str, stride: int, img_size: int, patch_size: int, in_chans: int,
     "timm's hybrid patch embedding on the features of a CNN at `stride`."
     try: info = timm.create_model(name, features_only=True, in_chans=in_chans).feature_info
     except RuntimeError as err: raise GKError(f'stem {name!r}: {err}', 'Use a timm CNN, for example test_resnet or resnet26d.') from err
-    if stride not in info.reduction(): raise GKError(f'stem {name!r} has strides {info.reduction()}, not {stride}', 'Use one of them as patch_size.')
+    if stride not in info.reduction():
+        raise GKError(f'stem {name!r} has strides {info.reduction()}, not {stride}', 'Use one of them as patch_size.')
     cnn = timm.create_model(name, features_only=True, in_chans=in_chans, out_indices=(info.reduction().index(stride),))
     return HybridEmbed(cnn, img_size=img_size, patch_size=1, in_chans=in_chans, embed_dim=embed_dim, proj=True)
 
@@ -58,13 +63,19 @@ def _load_image_weights(vit: nn.Module, path: str | Path) -> LoadReport:
     "Read a timm checkpoint file as timm reads its own: colour filters are summed, position embeddings resized, the classifier is left out."
     path, cfg, seen = Path(path), dict(vit.pretrained_cfg), {}
     if not path.is_file(): raise GKError(f'{path}: no such file', 'Give the path of a timm checkpoint (.safetensors, .pth or .bin).')
-    hook = vit.register_load_state_dict_post_hook(lambda m, keys: seen.update(missing=tuple(keys.missing_keys), unexpected=tuple(keys.unexpected_keys)))
+    hook = vit.register_load_state_dict_post_hook(lambda m, keys: seen.update(missing=tuple(keys.missing_keys),
+        unexpected=tuple(keys.unexpected_keys)))
     for k in ('custom_load', 'label_offset'): cfg.pop(k, None)
-    try: load_pretrained(vit, cfg | {'file': str(path)}, num_classes=0, in_chans=1, filter_fn=getattr(sys.modules[type(vit).__module__], 'checkpoint_filter_fn', None), strict=False)
-    except Exception as err: raise GKError(f'{path}: cannot be loaded into {type(vit).__name__} ({" ".join(str(err).split())[:200] or type(err).__name__})', 'Give a checkpoint of the same timm model.') from err
+    try:
+        load_pretrained(vit, cfg | {'file': str(path)}, num_classes=0, in_chans=1,
+                        filter_fn=getattr(sys.modules[type(vit).__module__], 'checkpoint_filter_fn', None), strict=False)
+    except Exception as err:
+        raise GKError(f'{path}: cannot be loaded into {type(vit).__name__} ({" ".join(str(err).split())[:200] or type(err).__name__})',
+                      'Give a checkpoint of the same timm model.') from err
     finally: hook.remove()
     total = len(vit.state_dict())
-    return LoadReport(str(path), total - len(seen['missing']), total, seen['missing'], seen['unexpected'], ('head', 'fc_norm', 'head_drop')).check()
+    return LoadReport(str(path), total - len(seen['missing']), total, seen['missing'], seen['unexpected'],
+                      ('head', 'fc_norm', 'head_drop')).check()
 
 # %% ../../nbs/models/20_encoders.ipynb #d381cc37
 class ImageEncoder(nn.Module):
@@ -85,14 +96,17 @@ class ImageEncoder(nn.Module):
         over = {k: v for k, v in dict(patch_size=patch_size, embed_dim=width, depth=depth, num_heads=heads).items() if v is not None}
         if stem: over['embed_layer'] = partial(_stem, stem, patch_size)
         try: self.vit = timm.create_model(name, pretrained=pretrained is True, in_chans=1, num_classes=0, img_size=image_size, **over)
-        except Exception as err: raise GKError(f'image encoder {name!r} cannot be built: {err}', 'Use a timm ViT whose patch size divides the image size; offline, give a checkpoint file.') from err
+        except Exception as err:
+            raise GKError(f'image encoder {name!r} cannot be built: {err}',
+                          'Use a timm ViT whose patch size divides the image size; offline, give a checkpoint file.') from err
         self.load_report = _load_image_weights(self.vit, pretrained) if isinstance(pretrained, str) and pretrained else None
         self.image_size, self.grid = image_size, self.vit.patch_embed.grid_size[0]
         self.proj = nn.Identity() if self.vit.embed_dim == dim else nn.Linear(self.vit.embed_dim, dim)
 
     def forward(self, images: Tensor # [B, 1, S, S]
                 ) -> Tensor: # [B, 1+N, D]
-        if self.stem and images.device.type == 'cpu': images = images.to(memory_format=torch.channels_last)   # faster there (benchmarks/attention.py)
+        # faster there (benchmarks/attention.py)
+        if self.stem and images.device.type == 'cpu': images = images.to(memory_format=torch.channels_last)
         v = self.proj(self.vit.forward_features(images))
         return v if self.pool == 'cls' else torch.cat([v[:, 1:].mean(1, keepdim=True), v[:, 1:]], 1)
 
@@ -102,12 +116,14 @@ class ImageEncoder(nn.Module):
         return torch.cat([v[:, 0], v[:, 1:].mean(1) if self.pool == 'cls' else v[:, 1:].amax(1)], 1)
 
 # %% ../../nbs/models/20_encoders.ipynb #fb1ba0ba
-SPECIAL_TOKENS = {'pad_token': '[PAD]', 'unk_token': '[UNK]', 'cls_token': '[CLS]', 'sep_token': '[SEP]', 'mask_token': '[MASK]', 'bos_token': '[BOS]', 'eos_token': '[EOS]'}
+SPECIAL_TOKENS = {'pad_token': '[PAD]', 'unk_token': '[UNK]', 'cls_token': '[CLS]', 'sep_token': '[SEP]', 'mask_token': '[MASK]',
+                  'bos_token': '[BOS]', 'eos_token': '[EOS]'}
 
 def _wordpiece(model: models.WordPiece) -> Tokenizer:
     "BERT's uncased rules around a WordPiece model."
     tok = Tokenizer(model)
-    tok.normalizer, tok.pre_tokenizer, tok.decoder = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tok.normalizer, tok.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    tok.decoder = decoders.WordPiece()
     return tok
 
 def train_tokenizer(texts: Iterable[str], # training texts only
@@ -121,16 +137,21 @@ def train_tokenizer(texts: Iterable[str], # training texts only
     # The trainer numbers '##x' pieces in hash order, and ties in pair counts fall by number: unless every letter has its number
     # beforehand, each call gives another vocabulary.
     letters = sorted({c for t in texts for w, _ in tok.pre_tokenizer.pre_tokenize_str(tok.normalizer.normalize_str(t)) for c in w})
-    tok.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special + letters + [f'##{c}' for c in letters], show_progress=False))
+    tok.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=vocab_size, min_frequency=min_frequency,
+                                                             special_tokens=special + letters + [f'##{c}' for c in letters],
+                                                             show_progress=False))
     tok = _wordpiece(models.WordPiece(tok.get_vocab(), unk_token='[UNK]', max_input_chars_per_word=64))
-    tok.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=[(t, tok.token_to_id(t)) for t in ('[CLS]', '[SEP]')])
+    tok.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]',
+                                                       special_tokens=[(t, tok.token_to_id(t)) for t in ('[CLS]', '[SEP]')])
     return PreTrainedTokenizerFast(tokenizer_object=tok, **SPECIAL_TOKENS)
 
 def load_tokenizer(name: str, saved: bool = False # with one of our models: the folder says all, and no class of transformers is looked for
                    ) -> PreTrainedTokenizerFast:
     "A tokenizer by hub name or folder; the decoder's start and end tokens are added where a BERT vocabulary has none."
     try: tok = (PreTrainedTokenizerFast if saved else AutoTokenizer).from_pretrained(name)
-    except Exception as err: raise GKError(f'tokenizer {name!r} cannot be loaded ({type(err).__name__})', 'Give a folder with tokenizer files, or a hub name on a machine that reaches the hub.') from err
+    except Exception as err:
+        raise GKError(f'tokenizer {name!r} cannot be loaded ({type(err).__name__})',
+                      'Give a folder with tokenizer files, or a hub name on a machine that reaches the hub.') from err
     tok.add_special_tokens({k: SPECIAL_TOKENS[k] for k in ('bos_token', 'eos_token') if getattr(tok, k) is None})
     return tok
 
@@ -140,13 +161,18 @@ def _load_bert(name: str, dropout: float) -> tuple[nn.Module, LoadReport]:
     options = dict(output_loading_info=True, dtype=torch.float32)
     try:
         options['config'] = c = AutoConfig.from_pretrained(name)
-        for k, v in {'hidden_dropout_prob': dropout, 'attention_probs_dropout_prob': 0., 'dropout': dropout, 'attention_dropout': 0.}.items():     # BERT's and DistilBERT's names
+        # BERT's and DistilBERT's names
+        for k, v in {'hidden_dropout_prob': dropout, 'attention_probs_dropout_prob': 0., 'dropout': dropout,
+                     'attention_dropout': 0.}.items():
             if hasattr(c, k): setattr(c, k, v)
         try: bert, info = AutoModel.from_pretrained(name, add_pooling_layer=False, **options)
         except TypeError: bert, info = AutoModel.from_pretrained(name, **options)    # DistilBERT, ELECTRA: no pooler to leave out
-    except Exception as err: raise GKError(f'text encoder {name!r} cannot be loaded ({type(err).__name__}: {" ".join(str(err).split())[:160]})', 'Give a folder in the Hugging Face layout, or a hub name on a machine that reaches the hub.') from err
+    except Exception as err:
+        raise GKError(f'text encoder {name!r} cannot be loaded ({type(err).__name__}: {" ".join(str(err).split())[:160]})',
+                      'Give a folder in the Hugging Face layout, or a hub name on a machine that reaches the hub.') from err
     missing, total = tuple(sorted(info['missing_keys'])), len(bert.state_dict())
-    return bert, LoadReport(name, total - len(missing), total, missing, tuple(sorted(info['unexpected_keys'])), ('cls.', 'pooler.', 'bert.pooler.', 'lm_head.', 'vocab_', 'discriminator_', 'generator_')).check()
+    return bert, LoadReport(name, total - len(missing), total, missing, tuple(sorted(info['unexpected_keys'])),
+                            ('cls.', 'pooler.', 'bert.pooler.', 'lm_head.', 'vocab_', 'discriminator_', 'generator_')).check()
 
 def _bert_of(config: dict) -> nn.Module:
     "A BERT-family model of this configuration with random weights."
@@ -162,7 +188,8 @@ class TextEncoder(nn.Module):
                  name: str = '', # a hub name or folder; '' builds a new one
                  width: int | None = None, depth: int = 4, heads: int = 4, max_length: int = 128, dropout: float = .1,
                  pool: str = 'cls', # what comes first: [CLS], or the 'mean' of all tokens
-                 bert_config: dict | None = None # of a pre-trained encoder whose weights come later (`GKMVLP.from_pretrained`); `name` is then not read
+                 # of a pre-trained encoder whose weights come later (`GKMVLP.from_pretrained`); `name` is then not read
+                 bert_config: dict | None = None
                  ):
         super().__init__()
         self.pool, self.load_report = pool, None
@@ -171,11 +198,14 @@ class TextEncoder(nn.Module):
             else: self.bert, self.load_report = _load_bert(name, dropout)
             if self.bert.config.vocab_size < vocab_size: self.bert.resize_token_embeddings(vocab_size, mean_resizing=False)
             places = getattr(self.bert.config, 'max_position_embeddings', max_length)
-            if places < max_length: raise GKError(f'text encoder {name!r} reads {places} word pieces, max_length is {max_length}', 'Lower max_length.')
+            if places < max_length:
+                raise GKError(f'text encoder {name!r} reads {places} word pieces, max_length is {max_length}', 'Lower max_length.')
         else:
             w = width or dim
-            self.bert = BertModel(BertConfig(vocab_size=vocab_size, hidden_size=w, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4*w,
-                                             max_position_embeddings=max_length, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.), add_pooling_layer=False)
+            self.bert = BertModel(BertConfig(vocab_size=vocab_size, hidden_size=w, num_hidden_layers=depth, num_attention_heads=heads,
+                                             intermediate_size=4*w,
+                                             max_position_embeddings=max_length, hidden_dropout_prob=dropout,
+                                             attention_probs_dropout_prob=0.), add_pooling_layer=False)
         self.dim = dim
         self.proj = nn.Identity() if self.bert.config.hidden_size == dim else nn.Linear(self.bert.config.hidden_size, dim)
 
@@ -192,7 +222,8 @@ class TextEncoder(nn.Module):
 def first_tokens(encoder: TextEncoder, input_ids: Tensor, # [U, T]
                  attention_mask: Tensor, # [U, T]
                  batch_size: int = 32) -> Tensor: # [U, D]
-    "The first token of each text, without dropout and in the weights' own type, whatever autocast says. Texts of like length share a batch."
+    """The first token of each text, without dropout and in the weights' own type, whatever autocast says. Texts of like length share a
+    batch."""
     was, lengths = encoder.training, attention_mask.sum(1)
     order = lengths.argsort()
     encoder.eval()

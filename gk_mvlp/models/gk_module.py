@@ -105,7 +105,8 @@ class GKFusion(nn.Module):
                 prompt_mask: Tensor, # bool [B, P]
                 patches: Tensor, # [B, N, D]
                 need_maps: bool = False
-                ) -> dict[str, Tensor]: # z_local, z_fused [B, 29, D]; on request prompt_attention [B, H, 29, 1+P] (0 = null), patch_attention [B, H, 29, N]
+                # z_local, z_fused [B, 29, D]; on request prompt_attention [B, H, 29, 1+P] (0 = null), patch_attention [B, H, 29, N]
+                ) -> dict[str, Tensor]:
         "Without local layers no prompt is read, without fused layers no patch; a map that no layer makes is left out."
         B, z, out = len(regions), regions, {}
         if self.local:

@@ -24,7 +24,8 @@ from ..config import from_params
 from ..data.knowledge import ENTITIES, ENTITY_NAMES, prompt
 from .encoders import ImageEncoder, TextEncoder, first_tokens, load_tokenizer
 from .gk_module import GKFusion, RegionEncoder, encode_unique, pool_patches
-from .losses import attention_loss, ecls_loss, gather_with_grad, hard_negatives, itc_loss, itm_loss, lm_targets, local_loss, token_loss
+from .losses import (attention_loss, ecls_loss, gather_with_grad, hard_negatives, itc_loss, itm_loss, lm_targets, local_loss,
+                                   token_loss)
 from .multimodal import ImageReportEncoder, ReportDecoder
 from ..paths import GKError, atomic_write, write_json
 
@@ -45,13 +46,22 @@ class _Rules:
     "What a `ModelConfig` must obey, and what follows from it."
     def __post_init__(self):
         def one_of(name, options):
-            if getattr(self, name) not in options: raise GKError(f'model.{name} is {getattr(self, name)!r}', f'Use one of: {", ".join(options)}.')
+            if getattr(self, name) not in options:
+                raise GKError(f'model.{name} is {getattr(self, name)!r}', f'Use one of: {", ".join(options)}.')
         one_of('objective', OBJECTIVES); one_of('train_prompts', PROMPT_MODES); one_of('prompts', PROMPT_MODES)
-        one_of('pool', ('cls', 'mean')); one_of('region_source', ('detector', 'vit', 'none')); one_of('boxes', ('detected', 'true')); one_of('ecls_form', ('softmax', 'sigmoid'))
-        if self.attention_weight and not self.local_layers: raise GKError(f'model.attention_weight {self.attention_weight} with local_layers 0', 'Without local layers there is no attention to supervise.')
-        if self.image_size % self.patch_size: raise GKError(f'model.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}', 'Change one of them.')
-        if self.queue < 0 or not 0 <= self.momentum < 1: raise GKError(f'model.queue {self.queue}, momentum {self.momentum}', 'Use a queue of at least 0 and a momentum from 0 to below 1.')
-        if self.freeze_knowledge and not self.share_text: raise GKError('model.freeze_knowledge with share_text false', 'One frozen encoder serves entities and prompts: leave share_text true.')
+        one_of('pool', ('cls', 'mean')); one_of('region_source', ('detector', 'vit', 'none')); one_of('boxes', ('detected', 'true'))
+        one_of('ecls_form', ('softmax', 'sigmoid'))
+        if self.attention_weight and not self.local_layers:
+            raise GKError(f'model.attention_weight {self.attention_weight} with local_layers 0',
+                          'Without local layers there is no attention to supervise.')
+        if self.image_size % self.patch_size:
+            raise GKError(f'model.image_size {self.image_size} is not a multiple of patch_size {self.patch_size}', 'Change one of them.')
+        if self.queue < 0 or not 0 <= self.momentum < 1:
+            raise GKError(f'model.queue {self.queue}, momentum {self.momentum}',
+                          'Use a queue of at least 0 and a momentum from 0 to below 1.')
+        if self.freeze_knowledge and not self.share_text:
+            raise GKError('model.freeze_knowledge with share_text false',
+                          'One frozen encoder serves entities and prompts: leave share_text true.')
 
     @property
     def gk(self) -> bool: "Has it the GK module?"; return self.objective in GROUNDED
@@ -69,7 +79,7 @@ class ModelConfig(_Rules):
     objective: str = 'gk'
     image_encoder: str = 'vit_tiny_patch16_224'   # a timm ViT; 'vit_base_patch16_224' at paper size
     image_checkpoint: str = ''                    # path of a timm checkpoint; 'hub': timm's own weights
-    pool: str = 'mean'                            # first token of both encoders: 'cls' (paper), or the 'mean' of the others, for encoders without pre-trained weights
+    pool: str = 'mean'  # first token of both encoders: 'cls' (paper), or the 'mean' of the others, for encoders without pre-trained weights
     text_encoder: str = ''                        # hub name or folder; 'allenai/scibert_scivocab_uncased' at paper size
     image_size: int = 64
     patch_size: int = 8
@@ -100,10 +110,12 @@ class ModelConfig(_Rules):
     hardness: float = 1.                          # of ITM's negatives: 1 = by similarity (ALBEF, BLIP), 0 = any other report
     tie_embeddings: bool = False                  # the decoder reads and writes words with the report encoder's embeddings
     share_text: bool = True                       # entity and knowledge encoders share the report encoder's BERT
-    freeze_knowledge: bool = False                # they are the text encoder as it is before training: their texts are encoded once, when the model is made
+    # they are the text encoder as it is before training: their texts are encoded once, when the model is made
+    freeze_knowledge: bool = False
 
 # %% ../../nbs/models/25_gk_mvlp.ipynb #f79383e1
-PAPER_SIZE = dict(image_encoder='vit_base_patch16_224', image_checkpoint='hub', text_encoder='allenai/scibert_scivocab_uncased', pool='cls', image_size=224, patch_size=16, dim=768, heads=12,
+PAPER_SIZE = dict(image_encoder='vit_base_patch16_224', image_checkpoint='hub', text_encoder='allenai/scibert_scivocab_uncased', pool='cls',
+                  image_size=224, patch_size=16, dim=768, heads=12,
                   text_depth=12, encoder_depth=6, decoder_depth=6, embed_dim=256, max_length=128, detector_dim=2048,
                   tie_embeddings=True, freeze_knowledge=True)
 
@@ -134,7 +146,9 @@ class SlowTowers(nn.Module):
         self.register_buffer('keys', torch.full((size,), -1)); self.register_buffer('at', torch.tensor(0))
         self.train(False)
 
-    def train(self, mode: bool = True) -> 'SlowTowers': "Without dropout, and with the batch statistics of the towers."; return super().train(False)
+    def train(self, mode: bool = True) -> 'SlowTowers':
+        "Without dropout, and with the batch statistics of the towers."
+        return super().train(False)
 
     @torch.no_grad()
     def follow(self, model: nn.Module) -> None:
@@ -149,7 +163,10 @@ class SlowTowers(nn.Module):
         v, t = self.image_encoder(batch['images'])[:, 0], self.report_encoder(batch['input_ids'], batch['attention_mask'])[:, 0]
         return F.normalize(self.image_proj(v).float(), dim=-1), F.normalize(self.text_proj(t).float(), dim=-1)
 
-    def kept(self) -> tuple[Tensor, Tensor, Tensor]: "Pictures, texts and report keys of the queue."; full = self.keys >= 0; return self.images[full], self.texts[full], self.keys[full]
+    def kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        "Pictures, texts and report keys of the queue."
+        full = self.keys >= 0
+        return self.images[full], self.texts[full], self.keys[full]
 
     @torch.no_grad()
     def push(self, images: Tensor, texts: Tensor, keys: Tensor) -> None:
@@ -163,7 +180,8 @@ class SlowTowers(nn.Module):
 class GKMVLP(nn.Module, ModelHubMixin):
     "GK-MVLP and its baselines; `config.objective` says which losses, `config.gk` whether the GK module exists."
     def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast,
-                 text_config: dict | None = None # of a saved folder: the encoders are built without reading checkpoints, all weights follow; {} without `text_encoder`
+                 # of a saved folder: the encoders are built without reading checkpoints, all weights follow; {} without `text_encoder`
+                 text_config: dict | None = None
                  ):
         super().__init__()
         c = self.config = replace(config, vocab_size=len(tokenizer))
@@ -171,8 +189,10 @@ class GKMVLP(nn.Module, ModelHubMixin):
         big = c.image_encoder != 'vit_tiny_patch16_224' or c.image_checkpoint
         size = {} if big else dict(width=D, depth=c.image_depth, heads=c.heads)
         weights = False if text_config is not None else c.image_checkpoint == 'hub' or c.image_checkpoint or False
-        self.image_encoder = ImageEncoder(c.image_encoder, c.image_size, c.patch_size, D, pretrained=weights, stem=c.image_stem, pool=c.pool, **size)
-        text = lambda: TextEncoder(c.vocab_size, D, c.text_encoder, depth=c.text_depth, heads=c.heads, max_length=c.max_length, dropout=c.dropout, pool=c.pool, bert_config=text_config)
+        self.image_encoder = ImageEncoder(c.image_encoder, c.image_size, c.patch_size, D, pretrained=weights, stem=c.image_stem,
+                                          pool=c.pool, **size)
+        text = lambda: TextEncoder(c.vocab_size, D, c.text_encoder, depth=c.text_depth, heads=c.heads, max_length=c.max_length,
+                                   dropout=c.dropout, pool=c.pool, bert_config=text_config)
         self.report_encoder = text()
         self.image_proj, self.text_proj = nn.Linear(D, c.embed_dim), nn.Linear(D, c.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor([1 / .07]).log())   # one element, not a scalar: sharded training cannot split a scalar
@@ -194,9 +214,12 @@ class GKMVLP(nn.Module, ModelHubMixin):
 def _tokens(self: GKMVLP, name: str, texts: list[str], encode: bool # False: a saved model's table follows
             ) -> None:
     "Keep the tokens of fixed texts as buffers, and with a frozen knowledge encoder the table of their first tokens."
-    ids, mask = (self.tokenizer(texts, padding=True, truncation=True, max_length=self.config.max_length, return_tensors='pt')[k] for k in ('input_ids', 'attention_mask'))
+    ids, mask = (self.tokenizer(texts, padding=True, truncation=True, max_length=self.config.max_length, return_tensors='pt')[k]
+                 for k in ('input_ids', 'attention_mask'))
     self.register_buffer(f'{name}_ids', ids); self.register_buffer(f'{name}_mask', mask)
-    if self.config.freeze_knowledge: self.register_buffer(f'{name}_table', first_tokens(self.report_encoder, ids, mask) if encode else torch.zeros(len(texts), self.config.dim))
+    if self.config.freeze_knowledge:
+        self.register_buffer(f'{name}_table', first_tokens(self.report_encoder, ids, mask)
+                             if encode else torch.zeros(len(texts), self.config.dim))
 
 @patch
 def _add_entities(self: GKMVLP, text) -> None:
@@ -219,7 +242,8 @@ def _add_gk(self: GKMVLP, text) -> None:
 def fixed_texts(self: GKMVLP, name: str, # 'entity' or 'prompt'
                 numbers: Tensor | None = None # [U]; None: all
                 ) -> Tensor: # [U, D]
-    "First tokens of entity names or prompts: rows of the frozen encoder's table, or encoded now and padded to the longest of them, not of the book."
+    """First tokens of entity names or prompts: rows of the frozen encoder's table, or encoded now and padded to the longest of them, not
+    of the book."""
     ids, mask, table = (getattr(self, f'{name}_{k}', None) for k in ('ids', 'mask', 'table'))
     if table is not None: return table if numbers is None else table[numbers]
     if numbers is not None: ids, mask = ids[numbers], mask[numbers]
@@ -231,7 +255,8 @@ def fixed_texts(self: GKMVLP, name: str, # 'entity' or 'prompt'
 def entity_scores(self: GKMVLP, v_cls: Tensor # [B, D]
                   ) -> Tensor: # [B, E]
     "Scaled cosine of each picture with each entity."
-    s = F.normalize(self.entity_image_proj(v_cls).float(), dim=-1) @ F.normalize(self.entity_proj(self.fixed_texts('entity')).float(), dim=-1).T
+    s = (F.normalize(self.entity_image_proj(v_cls).float(), dim=-1)
+         @ F.normalize(self.entity_proj(self.fixed_texts('entity')).float(), dim=-1).T)
     s = s * self.entity_scale.exp().clamp(1, 100)
     return s + self.entity_bias if self.config.ecls_form == 'sigmoid' else s
 
@@ -250,7 +275,8 @@ def choose_prompts(self: GKMVLP, mode: str, scores: Tensor, # [B, E]
         kind = torch.randint(3, (B, 1)).to(scores.device)
         return torch.where(kind == 2, every, torch.where(kind == 1, F.pad(top, (0, E - top.shape[1]), value=-1), -1))
     if mode != 'oracle': raise GKError(f'prompt mode {mode!r}', f'Use one of: {", ".join(PROMPT_MODES)}.')
-    if oracle is None: raise GKError("prompt mode 'oracle' needs the studies' own entities", 'Use predicted, all or none for pictures without a report.')
+    if oracle is None:
+        raise GKError("prompt mode 'oracle' needs the studies' own entities", 'Use predicted, all or none for pictures without a report.')
     return oracle
 
 # %% ../../nbs/models/25_gk_mvlp.ipynb #43a0dad9
@@ -258,12 +284,14 @@ def choose_prompts(self: GKMVLP, mode: str, scores: Tensor, # [B, E]
 def ground(self: GKMVLP, v: Tensor, # [B, 1+N, D] of the image encoder
            batch: dict, # region_boxes, region_valid, region_features (source 'detector'), oracle_prompts (mode 'oracle')
            mode: str, need_maps: bool = False, shuffle: bool = False) -> dict[str, Tensor]:
-    "z_local, z_fused, entity_scores, prompt_numbers [B, P], region_valid [B, 29] (queries that know no place are all valid) and on request the attention maps of `GKFusion`."
+    """z_local, z_fused, entity_scores, prompt_numbers [B, P], region_valid [B, 29] (queries that know no place are all valid) and on
+    request the attention maps of `GKFusion`."""
     r = self.region_encoder(batch['region_boxes'], batch['region_valid'], batch.get('region_features'), v[:, 1:])
     valid = torch.ones_like(batch['region_valid']) if self.config.region_source == 'none' else batch['region_valid']
     scores = self.entity_scores(v[:, 0])
     numbers = self.choose_prompts(mode if self.config.prompted else 'none', scores, batch.get('oracle_prompts'))
-    if shuffle and mode != 'all': numbers = numbers.roll(1, 0) if len(numbers) > 1 else numbers[:, :0]   # of the study before it in the batch; a study alone gets none
+    # of the study before it in the batch; a study alone gets none
+    if shuffle and mode != 'all': numbers = numbers.roll(1, 0) if len(numbers) > 1 else numbers[:, :0]
     def encode(u):
         if shuffle and mode == 'all': u = torch.where(u < len(ENTITIES), (u + len(ENTITIES) // 2) % len(ENTITIES), u)
         return self.prompt_proj(self.fixed_texts('prompt', u))
@@ -294,7 +322,8 @@ def local_step(self: GKMVLP, v: Tensor, t: Tensor, ids: Tensor, mask: Tensor, re
     "GLoRIA-like loss between patches and words; special tokens are no words."
     words = (mask == 1) & (ids != self.tokenizer.cls_token_id) & (ids != self.tokenizer.sep_token_id)
     words[:, 1] |= ~words.any(1)                                 # an empty report still needs a word
-    return local_loss(F.normalize(self.patch_proj(v[:, 1:]).float(), dim=-1), F.normalize(self.word_proj(t).float(), dim=-1), words, report_key)
+    return local_loss(F.normalize(self.patch_proj(v[:, 1:]).float(), dim=-1), F.normalize(self.word_proj(t).float(), dim=-1), words,
+                      report_key)
 
 @patch
 def decoder_ids(self: GKMVLP, ids: Tensor) -> Tensor:
@@ -305,7 +334,8 @@ def decoder_ids(self: GKMVLP, ids: Tensor) -> Tensor:
 # %% ../../nbs/models/25_gk_mvlp.ipynb #0d399592
 @patch
 def contrast(self: GKMVLP, batch: dict) -> tuple:
-    "What ITC is contrasted with beside the batch, as arguments of `itc_loss`: nothing, or in training with a queue the slow towers' embeddings of the batch and of the pairs before it."
+    """What ITC is contrasted with beside the batch, as arguments of `itc_loss`: nothing, or in training with a queue the slow towers'
+    embeddings of the batch and of the pairs before it."""
     if not (self.training and self.config.queue): return ()
     slow = self.slow_towers
     slow.follow(self)
@@ -319,11 +349,15 @@ def forward(self: GKMVLP, batch: dict # of `gk_mvlp.training.batches.StudySet`
             ) -> dict[str, Tensor]:
     "The losses of the objective, each a scalar, and their weighted sum 'loss'."
     c, w = self.config, OBJECTIVES[self.config.objective]
-    if not w: raise GKError("objective 'scratch' has no pre-training loss", f'Choose one of: {", ".join(k for k in OBJECTIVES if k != "scratch")}.')
+    if not w:
+        raise GKError("objective 'scratch' has no pre-training loss",
+                      f'Choose one of: {", ".join(k for k in OBJECTIVES if k != "scratch")}.')
     out, ids, mask = {}, batch['input_ids'], batch['attention_mask']
     v, t = self.image_encoder(batch['images']), self.report_encoder(ids, mask)
     scale = self.logit_scale.exp().clamp(1, 100)
-    out['itc'], similarity = itc_loss(F.normalize(self.image_proj(v[:, 0]).float(), dim=-1), F.normalize(self.text_proj(t[:, 0]).float(), dim=-1), scale, batch['report_key'], *self.contrast(batch), gather=self.training)
+    out['itc'], similarity = itc_loss(F.normalize(self.image_proj(v[:, 0]).float(), dim=-1),
+                                      F.normalize(self.text_proj(t[:, 0]).float(), dim=-1), scale, batch['report_key'],
+                                      *self.contrast(batch), gather=self.training)
     z = self.ground(v, batch, c.train_prompts if self.training else c.prompts, need_maps=c.attention_weight > 0) if c.gk else None
     m, m_mask = self.memory(v, z, batch)
     if 'itm' in w: out['itm'] = self.itm_step(t, mask.bool(), m, m_mask, similarity, batch)
@@ -365,8 +399,12 @@ def features_of(self: GKMVLP, v: Tensor, # [B, 1+N, D] of the image encoder
     base = self.image_encoder.summary(v)
     if kind == 'image': return base                              # needs no regions
     if kind == 'roi': z, ok = pool_patches(v[:, 1:], batch['region_boxes']), batch['region_valid'][..., None]
-    elif kind == 'gk_shuffled' and self.config.prompts in ('all', 'none'): raise GKError(f"features 'gk_shuffled' with model.prompts {self.config.prompts!r}", 'All studies have the same prompts then: use prompts predicted, or leave this control out.')
-    elif not self.config.gk: raise GKError(f'features {kind!r} need a model with the GK module, this one has objective {self.config.objective!r}', "Use 'image' or 'roi'.")
+    elif kind == 'gk_shuffled' and self.config.prompts in ('all', 'none'):
+        raise GKError(f"features 'gk_shuffled' with model.prompts {self.config.prompts!r}",
+                      'All studies have the same prompts then: use prompts predicted, or leave this control out.')
+    elif not self.config.gk:
+        raise GKError(f'features {kind!r} need a model with the GK module, this one has objective {self.config.objective!r}',
+                      "Use 'image' or 'roi'.")
     else:
         g = self.ground(v, batch, _MODES.get(kind, self.config.prompts), shuffle=kind == 'gk_shuffled')
         z, ok = g['z_fused'], g['region_valid'][..., None]
@@ -377,15 +415,20 @@ def features_of(self: GKMVLP, v: Tensor, # [B, 1+N, D] of the image encoder
 # %% ../../nbs/models/25_gk_mvlp.ipynb #1eb87613
 @patch
 def card(self: GKMVLP) -> str:
-    "A model card in Markdown: what the model is made of and where its weights began. `gk_mvlp.apps.release` writes one with training and results."
+    """A model card in Markdown: what the model is made of and where its weights began. `gk_mvlp.apps.release` writes one with training
+    and results."""
     c, n = self.config, lambda m: sum(p.numel() for p in m.parameters())
     began = [str(r) for r in (self.image_encoder.load_report, self.report_encoder.load_report) if r]
-    return '\n'.join(['---', 'license: apache-2.0', 'language: en', 'library_name: gk_mvlp', 'pipeline_tag: image-to-text', 'tags: [chest-x-ray, vision-language, grounding, research-only]', '---', '',
-        f'# GK-MVLP, objective `{c.objective}`', '', '**For research only. Not for clinical use.** An independent implementation of arXiv 2404.14750.', '',
+    return '\n'.join(['---', 'license: apache-2.0', 'language: en', 'library_name: gk_mvlp', 'pipeline_tag: image-to-text',
+                      'tags: [chest-x-ray, vision-language, grounding, research-only]', '---', '',
+        f'# GK-MVLP, objective `{c.objective}`', '',
+        '**For research only. Not for clinical use.** An independent implementation of arXiv 2404.14750.', '',
         '```python', 'from gk_mvlp.models.gk_mvlp import GKMVLP', "model = GKMVLP.from_pretrained('this folder')", '```', '',
-        f'Picture {c.image_size} x {c.image_size}, image encoder `{c.image_encoder}`, text encoder `{c.text_encoder or "new"}`, width {c.dim}; prompts in training `{c.train_prompts}`, at inference `{c.prompts}`.',
+        f'Picture {c.image_size} x {c.image_size}, image encoder `{c.image_encoder}`, text encoder `{c.text_encoder or "new"}`, width '
+        f'{c.dim}; prompts in training `{c.train_prompts}`, at inference `{c.prompts}`.',
         *(['', 'Pre-trained weights that training began with:', '', *(f'- {b}' for b in began)] if began else []), '',
-        '| part | parameters |', '|:--|--:|', *(f'| {k} | {n(m):,} |' for k, m in self.named_children() if n(m)), f'| together | {n(self):,} |', '', 'All settings: `config.json`.', ''])
+        '| part | parameters |', '|:--|--:|', *(f'| {k} | {n(m):,} |' for k, m in self.named_children() if n(m)),
+        f'| together | {n(self):,} |', '', 'All settings: `config.json`.', ''])
 
 # %% ../../nbs/models/25_gk_mvlp.ipynb #4aadd777
 @patch
@@ -405,20 +448,28 @@ def save_pretrained(self: GKMVLP, folder: str | Path,
     c['queue'] = 0
     for k in ('image_checkpoint', 'text_encoder'):
         if Path(c[k]).exists(): c[k] = Path(c[k]).name            # a path of this machine means nothing elsewhere
-    write_json(folder/'config.json', c | {'text_config': self.report_encoder.bert.config.to_dict() if c['text_encoder'] else {}, 'model_type': 'gk_mvlp'})
+    write_json(folder/'config.json', c
+               | {'text_config': self.report_encoder.bert.config.to_dict() if c['text_encoder'] else {}, 'model_type': 'gk_mvlp'})
     return folder
 
+# %% ../../nbs/models/25_gk_mvlp.ipynb #c962cd95
 @patch(cls_method=True)
 def from_pretrained(cls: GKMVLP, folder: str | Path # made by `save_pretrained`, or a hub name
                     ) -> GKMVLP:
     "The saved model, in eval mode."
     if not Path(folder).exists() and str(folder).count('/') == 1:
         try: folder = snapshot_download(str(folder))
-        except Exception as err: raise GKError(f'{folder}: no such folder, and the hub does not give it ({type(err).__name__})', 'Check the name, or give a folder that save_pretrained wrote.') from err
+        except Exception as err:
+            raise GKError(f'{folder}: no such folder, and the hub does not give it ({type(err).__name__})',
+                          'Check the name, or give a folder that save_pretrained wrote.') from err
     folder = Path(folder)
-    if not (folder/'config.json').is_file(): raise GKError(f'{folder}: no saved model (config.json is missing)', 'Give the folder that save_pretrained wrote, for example runs/<preset>/pretrain/<run>/model.')
+    if not (folder/'config.json').is_file():
+        raise GKError(f'{folder}: no saved model (config.json is missing)',
+                      'Give the folder that save_pretrained wrote, for example runs/<preset>/pretrain/<run>/model.')
     d = json.loads((folder/'config.json').read_text(encoding='utf-8')); d.pop('model_type', None); text_config = d.pop('text_config', {})
     model = GKMVLP(from_params(ModelConfig, d, str(folder/'config.json')), load_tokenizer(str(folder), saved=True), text_config)
     try: load_model(model, str(folder/'model.safetensors'))
-    except Exception as err: raise GKError(f'{folder}/model.safetensors: does not fit its config.json ({" ".join(str(err).split())[:160]})', 'Save the model again.') from err
+    except Exception as err:
+        raise GKError(f'{folder}/model.safetensors: does not fit its config.json ({" ".join(str(err).split())[:160]})',
+                      'Save the model again.') from err
     return model.eval()

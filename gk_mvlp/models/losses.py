@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/models/24_losses.ipynb #91387535
-def processes() -> int: "How many processes train together."; return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def processes() -> int:
+    "How many processes train together."
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def gather_with_grad(x: Tensor) -> Tensor:
     "Concatenate `x` over all processes, keeping gradients; the identity in a single process."
@@ -33,6 +35,7 @@ def mean_over_processes(total: Tensor, # a sum of this process's losses
     dist.all_reduce(n)
     return total * processes() / n.clamp(min=1)
 
+# %% ../../nbs/models/24_losses.ipynb #5701d2da
 def report_targets(key: Tensor, # int [B]
                    all_key: Tensor # int [M]
                    ) -> Tensor: # [B, M], rows sum to 1
@@ -137,7 +140,8 @@ def ecls_loss(scores: Tensor, # [B, E] scaled similarity (and bias, for 'sigmoid
         return mean_over_processes(F.binary_cross_entropy_with_logits(s[known], pos[known].float(), reduction='sum'), int(known.sum()))
     rows = pos.any(1)
     s, pos, known = s[rows], pos[rows], (pos | neg)[rows]
-    return mean_over_processes((s.masked_fill(~known, -torch.inf).logsumexp(1) - s.masked_fill(~pos, -torch.inf).logsumexp(1)).sum(), len(s))
+    return mean_over_processes((s.masked_fill(~known, -torch.inf).logsumexp(1) - s.masked_fill(~pos, -torch.inf).logsumexp(1)).sum(),
+                               len(s))
 
 # %% ../../nbs/models/24_losses.ipynb #197a67b2
 def attention_loss(attention: Tensor, # [B, H, R, P] of regions over prompts
@@ -160,7 +164,8 @@ def health_report(first: dict[str, float], # mean of the first steps
                   last: dict[str, float], # mean of the last epoch
                   batch: int, vocab: int, tolerance: float = .25, stuck: float = .03
                   ) -> dict[str, dict]:
-    "Per loss: expected and seen start, end, and 'ok', 'odd start' (off by more than `tolerance`, relative) or 'stuck' (end within `stuck` of the start value)."
+    """Per loss: expected and seen start, end, and 'ok', 'odd start' (off by more than `tolerance`, relative) or 'stuck' (end within
+    `stuck` of the start value)."""
     out = {}
     for k in ('itc', 'local', 'itm', 'lm', 'ecls'):
         if k not in first: continue

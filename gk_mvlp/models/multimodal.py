@@ -67,7 +67,8 @@ class ImageReportEncoder(nn.Module):
 
 # %% ../../nbs/models/23_multimodal.ipynb #b5a7cac0
 class BeamCache(EncoderDecoderCache):
-    "Cache in which beams of a picture share its memory: a beam that changes place takes its words along; the keys of the memory, equal for all of them, stay."
+    """Cache in which beams of a picture share its memory: a beam that changes place takes its words along; the keys of the memory, equal
+    for all of them, stay."""
     def reorder_cache(self, beam_idx: Tensor) -> None: self.self_attention_cache.reorder_cache(beam_idx)
 
 # %% ../../nbs/models/23_multimodal.ipynb #6cde710e

@@ -35,11 +35,13 @@ def loss_gates(p: Preset, runs: Path) -> list[Gate]:
     out = []
     for m in (m for m in p.methods if pretrained(m)):
         folders = [Path(runs)/'pretrain'/f'{m}-s{s}' for s in p.seeds]
-        if not all((f/'metrics.json').is_file() for f in folders): raise GKError(f'{folders[0]}: not all seeds of {m} are finished', 'Call make paper again.')
+        if not all((f/'metrics.json').is_file() for f in folders):
+            raise GKError(f'{folders[0]}: not all seeds of {m} are finished', 'Call make paper again.')
         found = [json.loads(read_text(f/'metrics.json')) for f in folders]
         train = json.loads(read_text(folders[0]/'config.json'))['settings']['train']
         chance = math.log(min(train['batch_size'], found[0]['n_val']))
-        for k, limit, needed in (('itc', ITC_SHARE * chance, f'below {ITC_SHARE * chance:.2f} ({ITC_SHARE:.0%} of ln B = {chance:.2f})'), ('itm', ITM_GATE, f'below {ITM_GATE:.2f}')):
+        for k, limit, needed in (('itc', ITC_SHARE * chance, f'below {ITC_SHARE * chance:.2f} ({ITC_SHARE:.0%} of ln B = {chance:.2f})'),
+                                 ('itm', ITM_GATE, f'below {ITM_GATE:.2f}')):
             if any(f'{k}_end' not in f for f in found): continue
             v = float(np.mean([f[f'{k}_end'] for f in found]))
             out.append(Gate(k.upper(), m, v, needed, v < limit))
@@ -51,21 +53,27 @@ def table_gates(p: Preset, tables: dict[str, pd.DataFrame]) -> list[Gate]:
     from gk_mvlp.models.gk_mvlp import OBJECTIVES             # slow to import
     out, written, fixed = [], tables.get('ablation', pd.DataFrame()), tables.get('report_generation', pd.DataFrame())
     if len(written) and len(fixed):
-        best = fixed[(fixed['metric'] == 'clinical_f1') & fixed['method'].isin(['constant_normal', 'most_frequent'])].groupby('dataset')['mean'].max()
-        w = written[(written['metric'] == 'clinical_f1') & (written['protocol'] == 'pretrained') & written['dataset'].isin(best.index) & written['method'].isin([m for m in p.methods if 'lm' in OBJECTIVES.get(m, ())])]
-        out += [Gate('clinical F1 of reports, as pre-trained', r.method, r.mean_, f'interval above {best[r.dataset]:.3f} (best constant report)', bool(r.low > best[r.dataset])) for r in w.rename(columns={'mean': 'mean_'}).itertuples()]
+        constant = fixed['method'].isin(['constant_normal', 'most_frequent'])
+        best = fixed[(fixed['metric'] == 'clinical_f1') & constant].groupby('dataset')['mean'].max()
+        w = written[(written['metric'] == 'clinical_f1') & (written['protocol'] == 'pretrained') & written['dataset'].isin(best.index)
+                    & written['method'].isin([m for m in p.methods if 'lm' in OBJECTIVES.get(m, ())])]
+        out += [Gate('clinical F1 of reports, as pre-trained', r.method, r.mean_,
+                     f'interval above {best[r.dataset]:.3f} (best constant report)', bool(r.low > best[r.dataset]))
+                for r in w.rename(columns={'mean': 'mean_'}).itertuples()]
     t = tables.get('classification_classes', pd.DataFrame())
     if len(t):
         t = t[(t['metric'] == 'auroc') & (t['ratio'] == t['ratio'].max()) & t['mean'].notna() & ~t['method'].isin(['constant'])]
         for d, g in t.groupby('dataset'):
             by = g.groupby('label')
-            for name, bad in (('findings solved by all', by['mean'].min() > SOLVED), ('findings at chance for all', ~(by['low'].max() > .5))):
+            for name, bad in (('findings solved by all', by['mean'].min() > SOLVED),
+                              ('findings at chance for all', ~(by['low'].max() > .5))):
                 which = ', '.join(bad.index[bad])
                 out.append(Gate(name, d, int(bad.sum()), f'none of {len(bad)}' + (f' ({which})' if which else ''), not bad.any()))
     return out
 
 # %% ../../nbs/study/98_claims.ipynb #2b2f9b09
-EVIDENCE = ('source', 'task', 'dataset', 'protocol', 'ratio', 'metric', 'method', 'reference', 'factor', 'level', 'group', 'difference', 'low', 'high', 'p_holm', 'n')
+EVIDENCE = ('source', 'task', 'dataset', 'protocol', 'ratio', 'metric', 'method', 'reference', 'factor', 'level', 'group', 'difference',
+            'low', 'high', 'p_holm', 'n')
 
 def _asked(t: pd.DataFrame) -> pd.DataFrame: # grounding.csv
     "With what gk was asked as the protocol of its comparison with a yardstick; the yardstick's row names itself there."
@@ -113,33 +121,59 @@ _MAIN = ('comparisons', 'task_comparisons')
 
 # %% ../../nbs/study/98_claims.ipynb #26e118d3
 CLAIMS = (
-    Claim('Pre-training on reports helps', 'Pre-trained models do better than the same network from nothing (paper: classification tables).',
+    Claim('Pre-training on reports helps',
+          'Pre-trained models do better than the same network from nothing (paper: classification tables).',
           _is(source=_MAIN, method=('gk', 'itc_itm_lm'), reference='scratch')),
-    Claim('The grounded-knowledge module helps', 'GK-MVLP does better than the same model without the GK module under the same budget (paper: all tables). `itc_itm_lm` lacks ECLS as well; `itc_itm_lm_ecls` lacks the module alone.',
+    Claim('The grounded-knowledge module helps',
+          'GK-MVLP does better than the same model without the GK module under the same budget (paper: all tables). `itc_itm_lm` lacks '
+          'ECLS as well; `itc_itm_lm_ecls` lacks the module alone.',
           _is(source=_MAIN, method='gk', reference=('itc_itm_lm', 'itc_itm_lm_ecls')), controlled=True),
-    Claim('Regions help beyond the whole picture', 'Features of the grounded regions add to those of the whole picture, from one and the same checkpoint.',
+    Claim('Regions help beyond the whole picture',
+          'Features of the grounded regions add to those of the whole picture, from one and the same checkpoint.',
           _is(source=_MAIN, method='gk', reference='gk-image_only')),
     Claim('Grounding does more than pooling regions', 'The gain is not just that of averaging patches inside the region boxes.',
           _is(source=_MAIN, method='gk', reference='gk-roi_pool')),
-    Claim('The knowledge in the prompts is what helps', 'The right prompts do better than none and than those of another study (controls of every GK claim). The prompts are those that the model itself chooses.',
+    Claim('The knowledge in the prompts is what helps',
+          'The right prompts do better than none and than those of another study (controls of every GK claim). The prompts are those that '
+          'the model itself chooses.',
           _is(source=_MAIN, method='gk', reference=('gk-null_prompts', 'gk-shuffled_prompts'))),
-    Claim('The model chooses the right prompts', 'Among the prompts that it chooses for a picture are more of the entities that the report states than among the most frequent entities of the training reports. Without this the claim before says little.',
+    Claim('The model chooses the right prompts',
+          'Among the prompts that it chooses for a picture are more of the entities that the report states than among the most frequent '
+          'entities of the training reports. Without this the claim before says little.',
           _is(source='grounding', method='gk', reference='most_frequent')),
-    Claim('Prompts are grounded in the right regions', 'A region attends to the prompts of findings that are stated there, and its patches lie on the finding: better than with a null prompt or permuted ones, than evenly spread attention, the centre, and how often a finding is stated at a region in training.',
-          _is(source='grounding', method='gk', reference=('gk-null_prompts', 'gk-shuffled_prompts', 'uniform', 'centre', 'train_prior'))),
+    Claim('Prompts are grounded in the right regions',
+          'A region attends to the prompts of findings that are stated there, and its patches lie on the finding: better than with a null '
+          'prompt or permuted ones, than evenly spread attention, the centre, and how often a finding is stated at a region in training.',
+          _is(source='grounding', method='gk', reference=('gk-null_prompts', 'gk-shuffled_prompts', 'uniform', 'centre', 'train_prior'))))
+
+# %% ../../nbs/study/98_claims.ipynb #938cfbfd
+CLAIMS += (
     Claim('Entity classification helps', 'ECLS strengthens the alignment of picture and text: the same objective with and without it.',
-          lambda t: _is(source='ablation', method='gk', reference='gk-without_ecls')(t) | _is(source=_MAIN, method='itc_itm_lm_ecls', reference='itc_itm_lm')(t), needs='PRESET=full: gk-without_ecls and itc_itm_lm_ecls.'),
+          lambda t: _is(source='ablation', method='gk', reference='gk-without_ecls')(t)
+          | _is(source=_MAIN, method='itc_itm_lm_ecls', reference='itc_itm_lm')(t),
+          needs='PRESET=full: gk-without_ecls and itc_itm_lm_ecls.'),
     Claim('Local and global features are both needed', 'z_fused, regions that look at all patches again, is better than z_local alone.',
           _is(source='ablation', method='gk', reference='gk-local_only'), needs='PRESET=full: gk-local_only.'),
-    Claim('The gain survives errors of the detector', 'With boxes jittered or dropped, regions still add to the whole picture. (Swapped regions are shown, not tested: probes pool over the regions, so a swap can hardly matter to them.)',
-          lambda t: _is(source='robustness', method='gk', reference='gk-image_only')(t) & t['factor'].isin(['jitter', 'drop']) & (t['level'] > 0)),
-    Claim('The gain grows with the redundancy of reports', 'Boilerplate in reports hurts a model without the GK module more (the motivation of the paper): the gain with most boilerplate minus the gain with none.',
-          lambda t: _is(source='robustness')(t) & t['factor'].astype(str).str.startswith('boilerplate, highest'), needs='PRESET=sweeps: the sweep over boilerplate.'),
-    Claim('Grounding does not widen gaps between groups', 'The gap between the best and the worst group of patients or findings is no wider than without the GK module.',
-          lambda t: _is(source='subgroups', method='gk', reference='itc_itm_lm')(t) & t['group'].astype(str).str.endswith(', gap'), sign=-1),
-    Claim('The gain grows with data and size', 'The gain with most studies, or the widest model, minus the gain with fewest or the narrowest.',
-          lambda t: _is(source='scaling')(t) & t['factor'].astype(str).str.endswith('highest against lowest'), needs='PRESET=sweeps: studies and size.'),
-    Claim('Written reports are better than copied ones', 'The fine-tuned decoder does better than copying the training report of the nearest picture by pixels.',
+    Claim('The gain survives errors of the detector',
+          'With boxes jittered or dropped, regions still add to the whole picture. (Swapped regions are shown, not tested: probes pool '
+          'over the regions, so a swap can hardly matter to them.)',
+          lambda t: _is(source='robustness', method='gk',
+                        reference='gk-image_only')(t) & t['factor'].isin(['jitter', 'drop']) & (t['level'] > 0)),
+    Claim('The gain grows with the redundancy of reports',
+          'Boilerplate in reports hurts a model without the GK module more (the motivation of the paper): the gain with most boilerplate '
+          'minus the gain with none.',
+          lambda t: _is(source='robustness')(t) & t['factor'].astype(str).str.startswith('boilerplate, highest'),
+          needs='PRESET=sweeps: the sweep over boilerplate.'),
+    Claim('Grounding does not widen gaps between groups',
+          'The gap between the best and the worst group of patients or findings is no wider than without the GK module.',
+          lambda t: _is(source='subgroups', method='gk', reference='itc_itm_lm')(t) & t['group'].astype(str).str.endswith(', gap'),
+          sign=-1),
+    Claim('The gain grows with data and size',
+          'The gain with most studies, or the widest model, minus the gain with fewest or the narrowest.',
+          lambda t: _is(source='scaling')(t) & t['factor'].astype(str).str.endswith('highest against lowest'),
+          needs='PRESET=sweeps: studies and size.'),
+    Claim('Written reports are better than copied ones',
+          'The fine-tuned decoder does better than copying the training report of the nearest picture by pixels.',
           _is(source='task_comparisons', method='gk', reference='nearest_neighbour')))
 
 # %% ../../nbs/study/98_claims.ipynb #0641264f
@@ -162,8 +196,13 @@ def shown_evidence(rows: pd.DataFrame) -> pd.DataFrame:
     "The rows for readers."
     num = lambda r: f'{r.difference:+.3f}' + ('' if np.isnan(r.low) else f' ({r.low:+.3f} to {r.high:+.3f})')
     name = lambda v: '' if v is None or v != v or v == '' else PROTOCOLS.get(v, v.replace('_', ' '))
-    out = pd.DataFrame({'task': [SHORT_NAMES.get(x, x.replace('_', ' ')) for x in rows['task']], 'data': rows['dataset'], 'how': [' '.join(x for x in (name(r.protocol), name(r.factor), f'{r.level:g}' if r.level == r.level else '', name(r.group)) if x) for r in rows.itertuples()],
-                        'labels': [f'{x:g} %' if x == x else '' for x in rows['ratio'].astype(float)], 'metric': [SHORT_NAMES.get(x, x.replace('_', ' ')) for x in rows['metric']], 'of': '' if (rows['method'] == 'gk').all() else rows['method'], 'against': rows['reference'], 'difference (95 %)': [num(r) for r in rows.itertuples()],
+    out = pd.DataFrame({'task': [SHORT_NAMES.get(x, x.replace('_', ' ')) for x in rows['task']], 'data': rows['dataset'],
+                        'how': [' '.join(x for x in (name(r.protocol), name(r.factor), f'{r.level:g}' if r.level == r.level else '',
+                                                     name(r.group)) if x) for r in rows.itertuples()],
+                        'labels': [f'{x:g} %' if x == x else '' for x in rows['ratio'].astype(float)],
+                        'metric': [SHORT_NAMES.get(x, x.replace('_', ' ')) for x in rows['metric']],
+                        'of': '' if (rows['method'] == 'gk').all() else rows['method'], 'against': rows['reference'],
+                        'difference (95 %)': [num(r) for r in rows.itertuples()],
                         'p (Holm)': [f'{x:.3f}' if x == x else '' for x in rows['p_holm']], 'n': rows['n']})
     return out[[c for c in out if (out[c].astype(str) != '').any()]]
 
@@ -174,12 +213,17 @@ def detector_lines(t: pd.DataFrame) -> list[str]:
     "What the detector table says, beside the constant box."
     if not len(t): return ['Not measured.']
     wide, out = t.set_index(['dataset', 'metric', 'method']), []
-    names = {'region_iou': f'IoU of the 29 regions on held-out studies ({t["dataset"].iloc[0]})', 'detection_rate': 'regions found (IoU over .5)', 'lung_iou': 'IoU of the lung boxes on real X-rays, none of them seen in training',
+    names = {'region_iou': f'IoU of the 29 regions on held-out studies ({t["dataset"].iloc[0]})',
+             'detection_rate': 'regions found (IoU over .5)',
+             'lung_iou': 'IoU of the lung boxes on real X-rays, none of them seen in training',
              'lung_mask_iou': 'the same on masks of other real X-rays, which the augmentation was chosen on'}
     for d, m in dict.fromkeys(zip(t['dataset'], t['metric'])):
         a, b = wide.loc[(d, m, 'detector')], wide.loc[(d, m, 'constant')]
-        steady = f' With the mean error of the other pictures taken away: {wide.loc[d, m, "detector-steady"]["mean"]:.3f}.' if (d, m, 'detector-steady') in wide.index else ''
-        out.append(f'- {names.get(m, m)}: {a["mean"]:.3f} ({a["low"]:.3f} to {a["high"]:.3f}); constant box {b["mean"]:.3f} ({b["low"]:.3f} to {b["high"]:.3f}); n = {int(a["n"])}.' + (f' Goal {LUNG_GOAL}: {"reached" if a["mean"] >= LUNG_GOAL else "not reached"}.' if m == 'lung_iou' else '') + steady)
+        steady = (f' With the mean error of the other pictures taken away: {wide.loc[d, m, "detector-steady"]["mean"]:.3f}.'
+                  if (d, m, 'detector-steady') in wide.index else '')
+        out.append(f'- {names.get(m, m)}: {a["mean"]:.3f} ({a["low"]:.3f} to {a["high"]:.3f}); constant box {b["mean"]:.3f} '
+                   f'({b["low"]:.3f} to {b["high"]:.3f}); n = {int(a["n"])}.'
+                   + (f' Goal {LUNG_GOAL}: {"reached" if a["mean"] >= LUNG_GOAL else "not reached"}.' if m == 'lung_iou' else '') + steady)
     if 'lung_iou' not in set(t['metric']): out.append('- Real X-rays: not in this preset (PRESET=public measures it).')
     return out
 
@@ -188,13 +232,15 @@ _SAME = ['source', 'task', 'dataset', 'protocol', 'ratio', 'metric']
 
 def credit(t: pd.DataFrame, rows: pd.DataFrame # all evidence; a claim's rows
            ) -> str:
-    "How many of the supported gains also beat every control of the method in the same task and protocol, and how many have no control there."
+    """How many of the supported gains also beat every control of the method in the same task and protocol, and how many have no control
+    there."""
     keyed = lambda f: [tuple(None if x != x else x for x in k) for k in f[_SAME].itertuples(index=False)]
     gains = list(dict.fromkeys(keyed(rows[(rows['p_holm'] < .05) & (rows['difference'] > 0)])))
     if not gains: return ''
     controls = t[(t['method'] == 'gk') & t['reference'].isin(CONTROLS) & t['source'].isin(_MAIN)]
     beaten = {}
-    for k, p, d in zip(keyed(controls), controls['p_holm'], controls['difference'], strict=True): beaten.setdefault(k, []).append(p < .05 and d > 0)
+    for k, p, d in zip(keyed(controls), controls['p_holm'], controls['difference'], strict=True):
+        beaten.setdefault(k, []).append(p < .05 and d > 0)
     credited, without = sum(all(beaten[k]) for k in gains if k in beaten), sum(k not in beaten for k in gains)
     return f' ({credited} also over all controls' + (f', {without} without a control' if without else '') + ')'
 
@@ -202,27 +248,53 @@ def study_claims(tables: dict[str, pd.DataFrame]) -> list[tuple[Claim, pd.DataFr
     "(claim, its rows, verdict) of every claim."
     t = evidence(tables)
     picked = [(c, t[c.rows(t)] if len(t) else t) for c in CLAIMS]
-    return [(c, r, _no_harm(verdict(r, c.sign)) if c.sign < 0 else verdict(r, c.sign) + (credit(t, r) if c.controlled and len(r) else '')) for c, r in picked]
+    return [(c, r, _no_harm(verdict(r, c.sign)) if c.sign < 0 else verdict(r, c.sign) + (credit(t, r) if c.controlled and len(r) else ''))
+            for c, r in picked]
 
+# %% ../../nbs/study/98_claims.ipynb #77dfd59e
 def report_text(p: Preset, gates: list[Gate], tables: dict[str, pd.DataFrame], name: str) -> str:
     "REPORT.md."
     found, closed = study_claims(tables), [g for g in gates if not g.holds]
     fewer = p.task_seeds if p.task_seeds and set(p.tasks) - {'zero_shot'} else ()
-    few = f'the seeds have {len(p.seeds) - 1} degree(s) of freedom{f" ({len(fewer) - 1} in localization, reports and questions)" if len(fewer) > 1 else ""}, so that only large and even differences pass: a claim that is not supported is not thereby refuted.' if len(p.seeds) > 1 else 'one seed: how much training runs differ is not in the intervals.'
-    out = [f'# Results of `{name}`', '', f'{p.about} {len(p.seeds)} seed(s){f"; {len(fewer)} in tasks that train more than a classifier" if fewer else ""}. For research only, not for clinical use.', '',
-           f'Written by `gk_mvlp.study.claims` from the tables beside it; no sentence is typed by hand. Tests: paired, over patients (bootstrap) and seeds (Student), Holm-corrected within each table; {few} All methods had the same pictures, reports, epochs, learning rate and model selection on validation; `gk` also had a detector trained on true region boxes, and entity labels from the reports (ECLS), which `itc_itm_lm_ecls` had, too.', '',
+    few = 'one seed: how much training runs differ is not in the intervals.'
+    if len(p.seeds) > 1:
+        few = (f'the seeds have {len(p.seeds) - 1} degree(s) of freedom'
+               f'{f" ({len(fewer) - 1} in localization, reports and questions)" if len(fewer) > 1 else ""}, so that only large and even '
+               'differences pass: a claim that is not supported is not thereby refuted.')
+    out = [f'# Results of `{name}`', '',
+           f'{p.about} {len(p.seeds)} seed(s){f"; {len(fewer)} in tasks that train more than a classifier" if fewer else ""}. For research '
+           'only, not for clinical use.', '',
+           f'Written by `gk_mvlp.study.claims` from the tables beside it; no sentence is typed by hand. Tests: paired, over patients '
+           f'(bootstrap) and seeds (Student), Holm-corrected within each table; {few} All methods had the same pictures, reports, epochs, '
+           'learning rate and model selection on validation; `gk` also had a detector trained on true region boxes, and entity labels from '
+           'the reports (ECLS), which `itc_itm_lm_ecls` had, too.', '',
            '## Did the models learn?', '']
-    if gates: out += [pd.DataFrame([{'gate': g.name, 'of': g.method, 'value': f'{g.value:.3f}' if isinstance(g.value, float) else g.value, 'needed': g.needed, 'holds': 'yes' if g.holds else '**no**'} for g in gates]).to_markdown(index=False, disable_numparse=True), '']
-    out += [('All gates hold.' if not closed else f'{len(closed)} of {len(gates)} gates {"does" if len(closed) == 1 else "do"} not hold. What follows compares models that have not fully learned: read it as a property of this small study, not of the method.') if gates else 'No gate was measured.', '',
-            '## In short', '', pd.DataFrame([{'claim': c.title, 'verdict': v} for c, _, v in found]).to_markdown(index=False), '', '## The detector', '', *detector_lines(tables.get('detector', pd.DataFrame())), '']
+    if gates:
+        out += [pd.DataFrame([{'gate': g.name, 'of': g.method, 'value': f'{g.value:.3f}' if isinstance(g.value, float) else g.value,
+                               'needed': g.needed, 'holds': 'yes' if g.holds else '**no**'}
+                              for g in gates]).to_markdown(index=False, disable_numparse=True), '']
+    out += [('All gates hold.' if not closed
+             else f'{len(closed)} of {len(gates)} gates {"does" if len(closed) == 1 else "do"} not hold. What follows compares models that '
+                  'have not fully learned: read it as a property of this small study, not of the method.')
+            if gates else 'No gate was measured.', '',
+            '## In short', '', pd.DataFrame([{'claim': c.title, 'verdict': v} for c, _, v in found]).to_markdown(index=False), '',
+            '## The detector', '', *detector_lines(tables.get('detector', pd.DataFrame())), '']
     for c, rows, v in found:
         out += [f'## {c.title}', '', f'{c.says} **{v[0].upper() + v[1:]}.**', '']
-        if len(rows): out += ['From ' + ', '.join(f'`tables/{s}.csv`' for s in dict.fromkeys(rows['source'])) + f'; {"gap of gk minus gap of the other" if c.sign < 0 else "gk minus the other" if (rows["method"] == "gk").all() else "the first minus the other"}.', '', shown_evidence(rows).to_markdown(index=False, disable_numparse=True), '']
+        if len(rows):
+            sources = ', '.join(f'`tables/{s}.csv`' for s in dict.fromkeys(rows['source']))
+            minus = ('gap of gk minus gap of the other' if c.sign < 0
+                     else 'gk minus the other' if (rows['method'] == 'gk').all() else 'the first minus the other')
+            out += [f'From {sources}; {minus}.', '', shown_evidence(rows).to_markdown(index=False, disable_numparse=True), '']
         else: out += [c.needs, '']
-    return '\n'.join([*out, '## The published numbers', '', 'Not testable here: they come from MIMIC-CXR pre-training at paper size on credentialed data. `paper_results/published` holds them with their sources, and the tables print them beside ours, marked as not comparable.', ''])
+    return '\n'.join([*out, '## The published numbers', '',
+                      'Not testable here: they come from MIMIC-CXR pre-training at paper size on credentialed data. '
+                      '`paper_results/published` holds them with their sources, and the tables print them beside ours, marked as not '
+                      'comparable.', ''])
 
 # %% ../../nbs/study/98_claims.ipynb #3663de8b
-TABLES = ('classification', 'classification_classes', 'comparisons', 'task_comparisons', 'detector', 'report_generation', 'ablation', 'grounding', 'robustness', 'subgroups', 'scaling')
+TABLES = ('classification', 'classification_classes', 'comparisons', 'task_comparisons', 'detector', 'report_generation', 'ablation',
+          'grounding', 'robustness', 'subgroups', 'scaling')
 
 def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
     "The tables that a preset has, by name."

@@ -24,7 +24,8 @@ import pandas as pd
 
 from ..config import Preset
 from ..evaluation.metrics import UndefinedMetric
-from ..evaluation.statistics import bootstrap_p, class_thresholds, class_weighted, holm, macro_of, patient_weights, percentile_interval, seed_mean, table_draws, weighted_mean, with_whole
+from ..evaluation.statistics import (bootstrap_p, class_thresholds, class_weighted, holm, macro_of, patient_weights,
+                                           percentile_interval, seed_mean, table_draws, weighted_mean, with_whole)
 from ..paths import GKError, atomic_write, published_dir, read_text, write_json
 from .launch import classification_jobs
 
@@ -48,9 +49,12 @@ def finished_runs(folder: Path) -> list[Path]:
     "Run folders below a stage's folder; one that is not finished is an error."
     runs = sorted(p.parent for p in folder.glob('*/config.json'))
     open_ = [r for r in runs if not (r/'metrics.json').is_file()]
-    if open_: raise GKError(f'{open_[0]}: this run is not finished', 'Call make paper again; or delete the folder if the preset no longer has this run.')
+    if open_:
+        raise GKError(f'{open_[0]}: this run is not finished',
+                      'Call make paper again; or delete the folder if the preset no longer has this run.')
     return runs
 
+# %% ../../nbs/study/64_collect.ipynb #0e34cbbc
 def load_cells(runs: Sequence[Path], base: Path) -> list[Cell]:
     "Group the predictions of classification runs; ids and truth must agree between seeds."
     parts: dict[tuple, list] = {}
@@ -60,31 +64,40 @@ def load_cells(runs: Sequence[Path], base: Path) -> list[Cell]:
         n = {'n_train': json.loads(read_text(r/'subset.json'))['n'], 'n_val': int(f.loc[f['split'] == 'val', 'study_id'].nunique())}
         for (m, p), g in f[f['split'] == 'test'].groupby(['method', 'protocol'], sort=False):
             names = list(dict.fromkeys(g['label']))
-            if g.duplicated(['study_id', 'label']).any(): raise GKError(f'{r}/predictions.parquet: a study is scored twice by {m}', 'Run it again.')
+            if g.duplicated(['study_id', 'label']).any():
+                raise GKError(f'{r}/predictions.parquet: a study is scored twice by {m}', 'Run it again.')
             wide = {v: g.pivot(index='study_id', columns='label', values=v)[names] for v in ('y', 'score')}
             who = g.drop_duplicates('study_id').set_index('study_id')['subject_id'].loc[wide['y'].index]
             v = f[(f['split'] == 'val') & (f['method'] == m) & (f['protocol'] == p)]
             val = [v.pivot(index='study_id', columns='label', values=k)[names].to_numpy(float) for k in ('y', 'score')]
-            parts.setdefault((c['dataset'], m, p, float(c['ratio'])), []).append((c['seed'], str(r.relative_to(base)), wide['y'], wide['score'], who, n, class_thresholds(*val)))
+            parts.setdefault((c['dataset'], m, p, float(c['ratio'])),
+                             []).append((c['seed'], str(r.relative_to(base)), wide['y'], wide['score'], who, n, class_thresholds(*val)))
     return [_cell(k, sorted(v, key=lambda x: x[0])) for k, v in parts.items()]
 
 # %% ../../nbs/study/64_collect.ipynb #beb0fd85
 def _cell(key: tuple, v: list) -> Cell:
     first = v[0][2]
     for seed, run, y, *_ in v:
-        if not y.index.equals(first.index) or not np.array_equal(y, first, equal_nan=True): raise GKError(f'{run}: its test studies or labels differ from those of another seed', 'Delete runs of older data and call make paper again.')
-    return Cell(*key, first.to_numpy(float), np.stack([x[3].to_numpy(float) for x in v]), v[0][4].to_numpy(), tuple(x[0] for x in v), tuple(x[1] for x in v),
-                {k: int(np.mean([x[5][k] for x in v])) for k in ('n_train', 'n_val')}, np.stack([x[6] for x in v]), tuple(first.columns), tuple(first.index))
+        if not y.index.equals(first.index) or not np.array_equal(y, first, equal_nan=True):
+            raise GKError(f'{run}: its test studies or labels differ from those of another seed',
+                          'Delete runs of older data and call make paper again.')
+    return Cell(*key, first.to_numpy(float), np.stack([x[3].to_numpy(float) for x in v]), v[0][4].to_numpy(), tuple(x[0] for x in v),
+                tuple(x[1] for x in v),
+                {k: int(np.mean([x[5][k] for x in v])) for k in ('n_train', 'n_val')}, np.stack([x[6] for x in v]), tuple(first.columns),
+                tuple(first.index))
 
 # %% ../../nbs/study/64_collect.ipynb #ec98bbca
 @lru_cache(2)
-def study_weights(patients: tuple, n_boot: int) -> np.ndarray: "[1 + n_boot, N] of `patient_weights`, the whole sample first; made once for cells of the same studies."; return with_whole(patient_weights(patients, n_boot))
+def study_weights(patients: tuple, n_boot: int) -> np.ndarray:
+    "[1 + n_boot, N] of `patient_weights`, the whole sample first; made once for cells of the same studies."
+    return with_whole(patient_weights(patients, n_boot))
 
 def class_values(cell: Cell, n_boot: int, metric: str = 'auroc') -> list[dict[int, np.ndarray]]: # for each seed {class: [1 + n_boot]}
     "A metric of every class and seed on all studies and on every resample, see `class_weighted`."
     if (metric, n_boot) not in cell.memo:
         w = study_weights(tuple(cell.patients), n_boot)
-        cell.memo[metric, n_boot] = [class_weighted(metric, cell.y, s, w, None if cell.thresholds is None else cell.thresholds[k]) for k, s in enumerate(cell.scores)]
+        cell.memo[metric, n_boot] = [class_weighted(metric, cell.y, s, w, None if cell.thresholds is None else cell.thresholds[k])
+                                     for k, s in enumerate(cell.scores)]
     return cell.memo[metric, n_boot]
 
 def resample(cell: Cell, n_boot: int, metric: str = 'auroc') -> tuple[np.ndarray, int]:
@@ -97,7 +110,8 @@ NO_INTERVAL = ('ece',)                                           # see 51_statis
 
 # %% ../../nbs/study/64_collect.ipynb #3b2ab66c
 def classification_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFrame:
-    "Long table, one row per (data set, method, ratio, protocol, metric of `METRICS`): task, dataset, method, ratio, metric, mean, low, high, seeds, n, and what it rests on."
+    """Long table, one row per (data set, method, ratio, protocol, metric of `METRICS`): task, dataset, method, ratio, metric, mean, low,
+    high, seeds, n, and what it rests on."""
     rows = []
     for c in cells:
         for m in METRICS if c.thresholds is not None else ('auroc',):
@@ -107,10 +121,14 @@ def classification_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFr
             except UndefinedMetric:                             # validation has one value of every class: no threshold; AUROC must exist
                 if m not in ('f1', 'accuracy'): raise
                 continue
-            try: low, high = (np.nan, np.nan) if m in NO_INTERVAL else percentile_interval(boot, f'{c.dataset}, {c.method}, {c.ratio:g} %, {m}', share=True)
+            try:
+                low, high = ((np.nan, np.nan) if m in NO_INTERVAL
+                             else percentile_interval(boot, f'{c.dataset}, {c.method}, {c.ratio:g} %, {m}', share=True))
             except UndefinedMetric: low = high = np.nan         # too few patients with the finding: the number stands alone
-            rows.append({'task': 'classification', 'dataset': c.dataset, 'method': c.method, 'ratio': c.ratio, 'metric': m, 'mean': mean, 'low': low, 'high': high, 'seeds': len(c.seeds),
-                         'n': len(c.y), 'protocol': c.protocol, 'n_patients': len(set(c.patients)), 'n_positive': int(np.nansum(c.y == 1)), **c.sizes, 'classes': classes, 'runs': ' '.join(c.runs)})
+            rows.append({'task': 'classification', 'dataset': c.dataset, 'method': c.method, 'ratio': c.ratio, 'metric': m, 'mean': mean,
+                         'low': low, 'high': high, 'seeds': len(c.seeds),
+                         'n': len(c.y), 'protocol': c.protocol, 'n_patients': len(set(c.patients)), 'n_positive': int(np.nansum(c.y == 1)),
+                         **c.sizes, 'classes': classes, 'runs': ' '.join(c.runs)})
     return pd.DataFrame(rows).sort_values(['dataset', 'protocol', 'metric', 'method', 'ratio'], ignore_index=True)
 
 # %% ../../nbs/study/64_collect.ipynb #751f5290
@@ -120,7 +138,8 @@ def class_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFrame:
     for c in cells:
         for i, (label, m) in ((i, x) for i, n in enumerate(c.labels) for x in ((n, 'auroc'), (n, 'auprc'))):
             y = c.y[:, i]
-            row = {'task': 'classification', 'dataset': c.dataset, 'method': c.method, 'ratio': c.ratio, 'metric': m, 'label': label, 'mean': np.nan, 'low': np.nan, 'high': np.nan, 'seeds': len(c.seeds),
+            row = {'task': 'classification', 'dataset': c.dataset, 'method': c.method, 'ratio': c.ratio, 'metric': m, 'label': label,
+                   'mean': np.nan, 'low': np.nan, 'high': np.nan, 'seeds': len(c.seeds),
                    'n': int((~np.isnan(y)).sum()), 'n_positive': int(np.nansum(y == 1)), 'protocol': c.protocol}
             per = class_values(c, n_boot, m)
             if all(i in v for v in per):                        # the label has both values
@@ -130,9 +149,11 @@ def class_table(cells: Sequence[Cell], n_boot: int = 1000) -> pd.DataFrame:
             rows.append(row)
     return pd.DataFrame(rows)
 
+# %% ../../nbs/study/64_collect.ipynb #20d035da
 CONTROLS = ('gk-image_only', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts')     # what gk must beat to be credited
 REFERENCES = ('scratch', 'itc_itm_lm', 'itc_itm_lm_ecls', *CONTROLS)
-PAIRS = (*(('gk', r) for r in REFERENCES), ('itc_itm_lm', 'scratch'), ('itc_itm_lm_ecls', 'itc_itm_lm')) # the last two: pre-training alone, ECLS alone
+# the last two: pre-training alone, ECLS alone
+PAIRS = (*(('gk', r) for r in REFERENCES), ('itc_itm_lm', 'scratch'), ('itc_itm_lm_ecls', 'itc_itm_lm'))
 
 def comparison_table(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]] = PAIRS) -> pd.DataFrame:
     "Paired differences (method, reference) over the same resamples and within the same seeds, Holm-corrected over the whole table."
@@ -141,14 +162,17 @@ def comparison_table(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]] = P
         for ref in (b for a, b in pairs if a == method):
             other = at.get((d, ref, p, r))
             if other is None: continue
-            if other.seeds != c.seeds or not np.array_equal(other.patients, c.patients): raise GKError(f'{d}, {ref}: other seeds or studies than {method}', 'Run both with the same preset.')
+            if other.seeds != c.seeds or not np.array_equal(other.patients, c.patients):
+                raise GKError(f'{d}, {ref}: other seeds or studies than {method}', 'Run both with the same preset.')
             for m, x in ((method, c), (ref, other)):
                 if (key := (d, m, p, r)) not in values: values[key] = resample(x, table_draws(len(x.seeds)))[0]
             try:
                 value, boot = seed_mean(values[d, method, p, r] - values[d, ref, p, r])
                 low, high = percentile_interval(boot, f'{d}, {method} - {ref}')
             except UndefinedMetric: continue                    # without intervals no comparison; the table's text says so
-            rows.append({'task': 'classification', 'dataset': d, 'protocol': p, 'ratio': r, 'metric': 'auroc', 'method': method, 'reference': ref, 'difference': value, 'low': low, 'high': high, 'p': bootstrap_p(boot), 'seeds': len(c.seeds), 'n': len(c.y)})
+            rows.append({'task': 'classification', 'dataset': d, 'protocol': p, 'ratio': r, 'metric': 'auroc', 'method': method,
+                         'reference': ref, 'difference': value, 'low': low, 'high': high, 'p': bootstrap_p(boot), 'seeds': len(c.seeds),
+                         'n': len(c.y)})
     table = pd.DataFrame(rows)
     if len(table): table['p_holm'] = holm(table['p'].tolist())
     return table
@@ -156,13 +180,17 @@ def comparison_table(cells: Sequence[Cell], pairs: Sequence[tuple[str, str]] = P
 # %% ../../nbs/study/64_collect.ipynb #63c7da64
 def detector_table(run: Path, dataset: str = 'phantom' # that it was trained on
                    ) -> pd.DataFrame:
-    "Region IoU on held-out studies of its data set and lung IoU on real X-rays (`boxes`: the test; `masks`: what training was chosen on), detector beside the constant median box and beside itself without the mean error, with bootstrap intervals over regions or patients."
+    """Region IoU on held-out studies of its data set and lung IoU on real X-rays (`boxes`: the test; `masks`: what training was chosen
+    on), detector beside the constant median box and beside itself without the mean error, with bootstrap intervals over regions or
+    patients."""
     t, rows = pd.read_csv(run/'regions.csv'), []
     for method, prefix in (('detector', ''), ('constant', 'constant_')):
         for metric, column in (('region_iou', 'iou'), ('detection_rate', 'detection_rate')):
             v = t[f'{prefix}{column}'].to_numpy()
             b = np.random.default_rng(0).choice(v, (1000, len(v))).mean(1)
-            rows.append({'task': 'detector', 'dataset': dataset, 'method': method, 'ratio': np.nan, 'metric': metric, 'mean': v.mean(), 'low': np.quantile(b, .025), 'high': np.quantile(b, .975), 'seeds': 1, 'n': int(t['n'].max()), 'interval': 'over regions'})
+            rows.append({'task': 'detector', 'dataset': dataset, 'method': method, 'ratio': np.nan, 'metric': metric, 'mean': v.mean(),
+                         'low': np.quantile(b, .025), 'high': np.quantile(b, .975), 'seeds': 1, 'n': int(t['n'].max()),
+                         'interval': 'over regions'})
     if (run/'lungs.csv').is_file():
         f = pd.read_csv(run/'lungs.csv')
         for truth, metric in (('boxes', 'lung_iou'), ('masks', 'lung_mask_iou')):
@@ -170,19 +198,26 @@ def detector_table(run: Path, dataset: str = 'phantom' # that it was trained on
             w = patient_weights(g['patient'].astype(str))
             for method, column in (('detector', 'iou'), ('detector-steady', 'steady_iou'), ('constant', 'constant_iou')):
                 b = weighted_mean(g[column], w)
-                rows.append({'task': 'detector', 'dataset': 'covid_chestxray', 'method': method, 'ratio': np.nan, 'metric': metric, 'mean': g[column].mean(), 'low': np.quantile(b, .025), 'high': np.quantile(b, .975), 'seeds': 1, 'n': g['study_id'].nunique(), 'interval': 'over patients'})
+                rows.append({'task': 'detector', 'dataset': 'covid_chestxray', 'method': method, 'ratio': np.nan, 'metric': metric,
+                             'mean': g[column].mean(), 'low': np.quantile(b, .025), 'high': np.quantile(b, .975), 'seeds': 1,
+                             'n': g['study_id'].nunique(), 'interval': 'over patients'})
     return pd.DataFrame(rows).assign(runs=run.name)
 
 # %% ../../nbs/study/64_collect.ipynb #9344f5b0
-ORDER = ('constant', 'pixels', 'scratch', 'itc', 'itc_local', 'itc_itm_lm', 'itc_itm_lm-roi_pool', 'itc_itm_lm_ecls', 'gk', 'gk-without_ecls', 'gk-image_only', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts')
-METRIC_NAMES = {'auprc': 'AUPRC', 'f1': 'F1 at validation thresholds', 'accuracy': 'accuracy at validation thresholds', 'brier': 'Brier score (lower is better)', 'ece': 'expected calibration error (lower is better; no interval: 51_statistics shows why)'}
-SHORT_NAMES = {'auroc': 'AUROC', 'auprc': 'AUPRC', 'grounding_auroc': 'AUROC of grounding', 'bleu_4': 'BLEU-4', 'map_40_75': 'mAP', 'cnr': 'CNR', 'iou': 'IoU', 'dice': 'Dice', 'pointing': 'pointing game', 'clinical_f1': 'clinical F1', 'vqa': 'VQA'}
+ORDER = ('constant', 'pixels', 'scratch', 'itc', 'itc_local', 'itc_itm_lm', 'itc_itm_lm-roi_pool', 'itc_itm_lm_ecls', 'gk',
+         'gk-without_ecls', 'gk-image_only', 'gk-roi_pool', 'gk-null_prompts', 'gk-shuffled_prompts')
+METRIC_NAMES = {'auprc': 'AUPRC', 'f1': 'F1 at validation thresholds', 'accuracy': 'accuracy at validation thresholds',
+                'brier': 'Brier score (lower is better)',
+                'ece': 'expected calibration error (lower is better; no interval: 51_statistics shows why)'}
+SHORT_NAMES = {'auroc': 'AUROC', 'auprc': 'AUPRC', 'grounding_auroc': 'AUROC of grounding', 'bleu_4': 'BLEU-4', 'map_40_75': 'mAP',
+               'cnr': 'CNR', 'iou': 'IoU', 'dice': 'Dice', 'pointing': 'pointing game', 'clinical_f1': 'clinical F1', 'vqa': 'VQA'}
 PROTOCOLS = {'linear_probe': 'linear probe', 'finetune': 'fine-tuned'}
 
 def wide_table(table: pd.DataFrame, dataset: str, metric: str = 'auroc') -> pd.DataFrame:
     "Method x (protocol, ratio) of 'mean (low to high)' for one data set and metric."
     t = table[(table['dataset'] == dataset) & (table['metric'] == metric)].copy()
-    t['cell'] = [f'{m:.3f}' + ('' if np.isnan(lo) else f' ({lo:.3f} to {hi:.3f})') for m, lo, hi in zip(t['mean'], t['low'], t['high'], strict=True)]
+    t['cell'] = [f'{m:.3f}' + ('' if np.isnan(lo) else f' ({lo:.3f} to {hi:.3f})')
+                 for m, lo, hi in zip(t['mean'], t['low'], t['high'], strict=True)]
     t['column'] = [f'{PROTOCOLS.get(p, p)}, {r:g} %' for p, r in zip(t['protocol'], t['ratio'], strict=True)]
     columns = [f'{v}, {r:g} %' for k, v in PROTOCOLS.items() for r in sorted(t.loc[t['protocol'] == k, 'ratio'].unique())]
     w = t.pivot(index='method', columns='column', values='cell')[columns].fillna('')
@@ -201,32 +236,43 @@ def sizes_sentence(table: pd.DataFrame, dataset: str) -> str:
     train = ', '.join(f'{int(g["n_train"].iloc[0])} at {r:g} %' for r, g in t.groupby('ratio'))
     width = (t['high'] - t['low']).median()
     if np.isnan(width): spread = 'Too few test patients have the finding for an interval or a comparison: the numbers are no evidence.'
-    else: spread = f'Median width of the 95 % intervals: {width:.3f}' + (' - wide: differences smaller than this are not evidence.' if width > .05 else '.')
-    return (f'Studies: training {train}; validation {t["n_val"].iloc[0]}; test {t["n"].iloc[0]} of {t["n_patients"].iloc[0]} patients with {t["n_positive"].iloc[0]} positive labels in {t["classes"].iloc[0]} class(es). '
+    else:
+        spread = (f'Median width of the 95 % intervals: {width:.3f}'
+                  + (' - wide: differences smaller than this are not evidence.' if width > .05 else '.'))
+    return (f'Studies: training {train}; validation {t["n_val"].iloc[0]}; test {t["n"].iloc[0]} of {t["n_patients"].iloc[0]} patients with '
+            f'{t["n_positive"].iloc[0]} positive labels in {t["classes"].iloc[0]} class(es). '
             f'{int(t["seeds"].max())} seed(s). {spread}')
 
 def comparison_sentences(comparisons: pd.DataFrame) -> str:
     "What the corrected paired tests support, in words."
     if not len(comparisons): return 'No comparison.'
     sure = comparisons[comparisons['p_holm'] < .05]
-    head = f'Of {len(comparisons)} paired comparisons, {int((sure["difference"] > 0).sum())} are better and {int((sure["difference"] < 0).sum())} worse at p < .05 after Holm correction.'
-    lines = [f'- {r.dataset}, {PROTOCOLS[r.protocol]}, {r.ratio:g} %: {r.method} {"better" if r.difference > 0 else "worse"} than {r.reference} by {abs(r.difference):.3f} ({r.low:.3f} to {r.high:.3f}), p = {r.p_holm:.3f}' for r in sure.itertuples()]
+    head = (f'Of {len(comparisons)} paired comparisons, {int((sure["difference"] > 0).sum())} are better and '
+            f'{int((sure["difference"] < 0).sum())} worse at p < .05 after Holm correction.')
+    lines = [f'- {r.dataset}, {PROTOCOLS[r.protocol]}, {r.ratio:g} %: {r.method} {"better" if r.difference > 0 else "worse"} than '
+             f'{r.reference} by {abs(r.difference):.3f} ({r.low:.3f} to {r.high:.3f}), p = {r.p_holm:.3f}' for r in sure.itertuples()]
     return '\n'.join([head, *lines]) if lines else head + ' No claim is supported by this study.'
 
 def markdown_report(table: pd.DataFrame, comparisons: pd.DataFrame, about: str) -> str:
     "The classification table as Markdown: per data set sizes, values, published numbers; then the comparisons."
-    out = ['# Classification (AUROC, mean and 95 % interval)', '', about, 'Intervals: bootstrap over patients and seeds. For research only, not for clinical use.', '']
+    out = ['# Classification (AUROC, mean and 95 % interval)', '', about,
+           'Intervals: bootstrap over patients and seeds. For research only, not for clinical use.', '']
     for d in table['dataset'].unique():
         out += [f'## {d}', '', sizes_sentence(table, d), '', wide_table(table, d).to_markdown(), '']
-        for m in [m for m in METRICS[1:] if m in set(table.loc[table['dataset'] == d, 'metric'])]: out += [f'### {d}: {METRIC_NAMES[m]}', '', wide_table(table, d, m).to_markdown(), '']
+        for m in [m for m in METRICS[1:] if m in set(table.loc[table['dataset'] == d, 'metric'])]:
+            out += [f'### {d}: {METRIC_NAMES[m]}', '', wide_table(table, d, m).to_markdown(), '']
         p = published('classification', d)
-        if len(p): out += ['Published, **not comparable** (other data, splits and model sizes):', '', p[['method', 'ratio', 'value', 'protocol', 'source']].to_markdown(index=False), '']
+        if len(p):
+            out += ['Published, **not comparable** (other data, splits and model sizes):', '',
+                    p[['method', 'ratio', 'value', 'protocol', 'source']].to_markdown(index=False), '']
     return '\n'.join([*out, '## What is supported', '', comparison_sentences(comparisons), ''])
 
 # %% ../../nbs/study/64_collect.ipynb #923f9419
 def write_table(table: pd.DataFrame, folder: Path, name: str, markdown: str | None = None, latex: str | None = None) -> None:
     "name.csv (long), name.md and name.tex, atomically."
-    for kind, text in (('csv', table.to_csv(index=False, float_format='%.6g')), ('md', markdown or table.to_markdown(index=False, floatfmt='.3f') + '\n'), ('tex', latex or table.to_latex(index=False, float_format='%.3f', escape=True))):
+    for kind, text in (('csv', table.to_csv(index=False, float_format='%.6g')),
+                       ('md', markdown or table.to_markdown(index=False, floatfmt='.3f') + '\n'),
+                       ('tex', latex or table.to_latex(index=False, float_format='%.3f', escape=True))):
         with atomic_write(Path(folder)/f'{name}.{kind}') as f: f.write(text)
 
 def drop_tables(folder: Path, names: Iterable[str]) -> None:
@@ -236,7 +282,8 @@ def drop_tables(folder: Path, names: Iterable[str]) -> None:
 
 def latex_report(table: pd.DataFrame) -> str:
     "One tabular per data set."
-    return '\n\n'.join(wide_table(table, d).to_latex(escape=True, caption=f'{d}: AUROC, mean and 95 % interval.') for d in table['dataset'].unique())
+    return '\n\n'.join(wide_table(table, d).to_latex(escape=True, caption=f'{d}: AUROC, mean and 95 % interval.')
+                       for d in table['dataset'].unique())
 
 def write_classification(p: Preset, runs: Path, tables: Path) -> tuple[str, dict[str, list[str]]]:
     "Write classification, classification_classes, comparisons and detector from a preset's finished runs; (Markdown, {table: run ids})."
@@ -263,8 +310,10 @@ def saved_files(run: Path) -> dict[str, str]:
 
 def result_files(results: Path) -> dict[str, Path]:
     "{path in the folder: file} of what a manifest names: all but the manifest itself and hidden files."
-    return {str(f.relative_to(results)): f for f in sorted(Path(results).rglob('*')) if f.is_file() and f.name != 'manifest.json' and not f.name.startswith('.')}
+    return {str(f.relative_to(results)): f
+            for f in sorted(Path(results).rglob('*')) if f.is_file() and f.name != 'manifest.json' and not f.name.startswith('.')}
 
+# %% ../../nbs/study/64_collect.ipynb #53a3c6de
 def build_manifest(runs: Path, results: Path) -> dict:
     "The manifest of a preset; a run without its environment is an error."
     entries = {}
@@ -274,12 +323,20 @@ def build_manifest(runs: Path, results: Path) -> dict:
         if not (r/'env.json').is_file(): raise GKError(f'{r}: env.json is missing', 'Run it through gk_mvlp.study.run.')
         c, env = json.loads(read_text(config)), json.loads(read_text(r/'env.json'))
         nb = json.loads(read_text(r/'run.ipynb'))['metadata']['papermill']
-        entries[str(r.relative_to(runs))] = {'notebook': nb['input_path'], 'parameters': nb['parameters'] | ({'data': '<data root>'} if nb['parameters'].get('data') else {}), **c, 'seed': c['settings'].get('seed'), 'commit': env['commit'], 'dirty': env['dirty'], 'seconds': env['seconds'],
+        entries[str(r.relative_to(runs))] = {'notebook': nb['input_path'],
+                                             'parameters': nb['parameters']
+                                             | ({'data': '<data root>'} if nb['parameters'].get('data') else {}), **c,
+                                             'seed': c['settings'].get('seed'), 'commit': env['commit'], 'dirty': env['dirty'],
+                                             'seconds': env['seconds'],
                                              'hardware': {k: env[k] for k in ('platform', 'cpus', 'gpu')}, 'files': saved_files(r)}
-    sources = {k: v for name in ('tables', 'task_tables', 'figures', 'study', 'report') if (f := runs/name/'sources.json').is_file() for k, v in json.loads(read_text(f)).items()}
-    artefacts = [{'path': name, 'sha256': sha256(p), 'runs': sources.get(f'{p.parent.name}/{p.stem}') or sources.get(p.stem, [])} for name, p in result_files(results).items()]
+    sources = {k: v for name in ('tables', 'task_tables', 'figures', 'study', 'report') if (f := runs/name/'sources.json').is_file()
+               for k, v in json.loads(read_text(f)).items()}
+    artefacts = [{'path': name, 'sha256': sha256(p), 'runs': sources.get(f'{p.parent.name}/{p.stem}') or sources.get(p.stem, [])}
+                 for name, p in result_files(results).items()]
     for a in artefacts:
-        if not a['runs']: raise GKError(f'{results}/{a["path"]}: no run is named as its source', 'Delete it if it is left over from an older version, then call make paper again.')
+        if not a['runs']:
+            raise GKError(f'{results}/{a["path"]}: no run is named as its source',
+                          'Delete it if it is left over from an older version, then call make paper again.')
         unknown = [r for r in a['runs'] if r not in entries]
         if unknown: raise GKError(f'{a["path"]}: its source {unknown[0]} is not a finished run', 'Call make paper again.')
     return {'preset': results.name, 'python': platform.python_version(), 'runs': entries, 'artefacts': artefacts}

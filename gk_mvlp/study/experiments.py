@@ -36,7 +36,8 @@ from ..models.gk_mvlp import GKMVLP, ModelConfig, prompt_book
 from ..models.losses import health_report
 from ..paths import GKError, data_root, runs_dir
 from .figures import plot_regions, plot_roc
-from ..tasks.classification import features_by_kind, finetune, fit_probe, label_matrix, pixel_baseline, pixel_features, prediction_frame, probe_scores
+from ..tasks.classification import (features_by_kind, finetune, fit_probe, label_matrix, pixel_baseline, pixel_features,
+                                          prediction_frame, probe_scores)
 from ..training.batches import StudySet, detect_regions, load_pictures, training_device, true_regions
 from ..training.checkpoint import seed_everything
 from ..training.trainer import TrainConfig, Trainer
@@ -65,7 +66,9 @@ def detector_configs(settings: dict, seed: int) -> tuple[DetectorConfig, TrainCo
     return from_params(DetectorConfig, section, 'preset, section detector'), *train_config(train, 'detector.train', seed), build
 
 # %% ../../nbs/study/61_experiments.ipynb #24005ea4
-def cache_dir() -> Path: "Pictures of phantoms, squares and hashes of picture files, regions found by detectors: safe to delete."; return runs_dir()/'cache'
+def cache_dir() -> Path:
+    "Pictures of phantoms, squares and hashes of picture files, regions found by detectors: safe to delete."
+    return runs_dir()/'cache'
 
 def load_studies(settings: dict, dataset: str, data: str = '') -> tuple[list[Study], str]:
     "Studies of a data set with splits, and their fingerprint."
@@ -86,7 +89,8 @@ def asked_labels(settings: dict, dataset: str, studies: Sequence[Study]) -> list
 def load_detector(folder: str) -> RegionDetector:
     "The detector of a run folder (`<folder>/model`)."
     path = Path(folder)/'model'
-    if not folder or not path.is_dir(): raise GKError(f'detector {folder!r}: no trained detector there', 'Run nbs/experiments/70_detector.ipynb and give its run folder.')
+    if not folder or not path.is_dir():
+        raise GKError(f'detector {folder!r}: no trained detector there', 'Run nbs/experiments/70_detector.ipynb and give its run folder.')
     return RegionDetector.load(path).to(training_device())
 
 def model_hash(folder: str) -> str:
@@ -121,14 +125,16 @@ def study_set(studies: Sequence[Study], split: str, tokenizer, detector, config:
     chosen = [s for s in studies if s.split == split]
     if not chosen: raise GKError(f'no studies with a report in split {split!r}', 'Use a larger data set.')
     regions = regions_read(['gk'] if config.gk else [], config.region_source)
-    return StudySet(chosen, tokenizer, config.image_size, config.max_length, detector, cache_dir(), strength, seed, true_boxes=config.boxes == 'true', regions=regions)
+    return StudySet(chosen, tokenizer, config.image_size, config.max_length, detector, cache_dir(), strength, seed,
+                    true_boxes=config.boxes == 'true', regions=regions)
 
 # %% ../../nbs/study/61_experiments.ipynb #0b206f02
 def _arrays(studies: Sequence[Study], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     images, frames = load_pictures(studies, size, cache_dir=cache_dir())
     return images, *true_regions(studies, frames)
 
-def fit_detector(studies: Sequence[Study], config: DetectorConfig, train: TrainConfig, strength: float, run: Path, build: float = 0.) -> RegionDetector:
+def fit_detector(studies: Sequence[Study], config: DetectorConfig, train: TrainConfig, strength: float, run: Path,
+                 build: float = 0.) -> RegionDetector:
     "Train on the training split, keep the epoch with the best mean IoU on validation."
     part = {k: _arrays([s for s in studies if s.split == k], config.image_size) for k in ('train', 'val')}
     return train_detector(*part['train'], run, train, config, part['val'], strength, build=build)
@@ -160,41 +166,52 @@ def _lung_rows(detector: RegionDetector, studies: Sequence[Study], boxes: Sequen
         true = np.stack([f.to_frame(b) for f, b in zip(frames, own, strict=True)])
         error = p - true
         others = (error.sum(0) - error) / max(n - 1, 1)
-        rest = np.stack([np.median(np.delete(own, i, 0), 0) for i in range(n)])      # the yardstick is measured in the picture, as the boxes were drawn
+        # the yardstick is measured in the picture, as the boxes were drawn
+        rest = np.stack([np.median(np.delete(own, i, 0), 0) for i in range(n)])
         seen = lambda v: np.where(valid[:, REGION_INDEX[lung]], v, 0.)
-        out.append(pd.DataFrame({'study_id': [s.study_id for s in studies], 'patient': [s.subject_id for s in studies], 'region': lung, 'truth': truth, 'iou': seen(iou(p, true)),
-                                 'constant_iou': iou(rest, own), 'steady_iou': seen(iou(p - others, true)), **{f'error_{e}': error[:, k] for k, e in enumerate(EDGES)}}))
+        out.append(pd.DataFrame({'study_id': [s.study_id for s in studies], 'patient': [s.subject_id for s in studies], 'region': lung,
+                                 'truth': truth, 'iou': seen(iou(p, true)),
+                                 'constant_iou': iou(rest, own), 'steady_iou': seen(iou(p - others, true)),
+                                 **{f'error_{e}': error[:, k] for k, e in enumerate(EDGES)}}))
     return out
 
 def check_lungs(detector: RegionDetector, data: str, size: int) -> pd.DataFrame | None:
-    """One row per real picture and lung; None without covid_chestxray. `truth` 'boxes': drawn boxes, the test. 'masks': boxes round lung masks of other patients; these may be looked at to choose the detector's training.
+    """One row per real picture and lung; None without covid_chestxray. `truth` 'boxes': drawn boxes, the test. 'masks': boxes round lung
+    masks of other patients; these may be looked at to choose the detector's training.
 
-    iou of the detector; constant_iou of the leave-one-out median box; steady_iou of the detector without the mean error of the other pictures: what is left when all boxes are wrong in the same way;
+    iou of the detector; constant_iou of the leave-one-out median box; steady_iou of the detector without the mean error of the other
+    pictures: what is left when all boxes are wrong in the same way;
     error_x0 ... error_y1: found minus true, in widths of the square; patient, for resampling."""
     try: root = data_root(data or None, ('covid_chestxray',))
     except GKError: return None
     studies = load_dataset('covid_chestxray', root, cache_dir=cache_dir())
     drawn = [s for s in studies if set(LUNGS) <= set(s.regions)]
     known = {s.subject_id for s in drawn}
-    masked = {s.study_id: b for s in studies if s.subject_id not in known and 'lung_mask' in s.attributes and (b := read_mask_boxes(s.attributes['lung_mask']))}
+    masked = {s.study_id: b for s in studies if s.subject_id not in known and 'lung_mask' in s.attributes
+              and (b := read_mask_boxes(s.attributes['lung_mask']))}
     rows = _lung_rows(detector, drawn, [s.regions for s in drawn], size, 'boxes')
     if len(masked) > 1: rows += _lung_rows(detector, [s for s in studies if s.study_id in masked], list(masked.values()), size, 'masks')
     return pd.concat(rows, ignore_index=True)
 
+# %% ../../nbs/study/61_experiments.ipynb #385a02ba
 def summarise_lungs(real: pd.DataFrame) -> pd.DataFrame:
     "Mean IoU, the share above 0.75 and the mean error of each edge, per truth and lung."
     both, rows = pd.concat([real, real.assign(region='both lungs')]), {}
     for (truth, region), f in both.groupby(['truth', 'region']):
         for k in ('iou', 'steady_iou', 'constant_iou'):
-            rows[truth, region, k] = {'mean IoU': f[k].mean(), 'above 0.75': (f[k] > .75).mean(), 'worst': f[k].min(), 'n': len(f)} | ({f'error {e}': f[f'error_{e}'].mean() for e in EDGES} if k == 'iou' else {})
+            rows[truth, region, k] = ({'mean IoU': f[k].mean(), 'above 0.75': (f[k] > .75).mean(), 'worst': f[k].min(), 'n': len(f)}
+                                      | ({f'error {e}': f[f'error_{e}'].mean() for e in EDGES} if k == 'iou' else {}))
     return pd.DataFrame(rows).T
 
 def detector_metrics(table: pd.DataFrame, real: pd.DataFrame | None) -> dict:
     "Flat metrics of the detector check."
-    out = {f'{c}/{k}': float(table[f'{p}{k}'].mean()) for c, p in (('detector', ''), ('constant', 'constant_')) for k in ('iou', 'detection_rate')}
+    out = {f'{c}/{k}': float(table[f'{p}{k}'].mean()) for c, p in (('detector', ''), ('constant', 'constant_'))
+           for k in ('iou', 'detection_rate')}
     if real is not None:
         for truth, name in (('boxes', 'lung'), ('masks', 'lung_mask')):
-            if len(f := real[real['truth'] == truth]): out |= {f'detector/{name}_iou': float(f['iou'].mean()), f'constant/{name}_iou': float(f['constant_iou'].mean()), f'{name}_pictures': int(f['study_id'].nunique())}
+            if len(f := real[real['truth'] == truth]):
+                out |= {f'detector/{name}_iou': float(f['iou'].mean()), f'constant/{name}_iou': float(f['constant_iou'].mean()),
+                        f'{name}_pictures': int(f['study_id'].nunique())}
     return out
 
 def show_regions(detector: RegionDetector, studies: Sequence[Study]) -> plt.Figure:
@@ -214,28 +231,36 @@ def validation_losses(model: GKMVLP, data: StudySet, batch_size: int) -> dict[st
     parts = [model(send_to_device(data[list(range(i, i + size))], device)) for i in range(0, len(data) - size + 1, size)]
     return {f'val_{k}': float(np.mean([float(p[k]) for p in parts])) for k in parts[0] if k in (*LOSSES, 'loss')}
 
-def pretrain(config: ModelConfig, train: TrainConfig, tokenizer, data: StudySet, val: StudySet, run: Path) -> tuple[GKMVLP, pd.DataFrame, dict]:
+def pretrain(config: ModelConfig, train: TrainConfig, tokenizer, data: StudySet, val: StudySet, run: Path) -> tuple[GKMVLP, pd.DataFrame,
+        dict]:
     "(model with its best weights, history, health report). Resumes from run/last.ckpt."
     seed_everything(train.seed)
-    model = GKMVLP(replace(config, detector_dim=data.fields['region_features'].shape[-1]) if 'region_features' in data.fields else config, tokenizer)
-    trainer = Trainer(model, lambda m, b: m(b), data, train, run, evaluate=lambda m: validation_losses(m, val, train.batch_size), monitor='val_loss', mode='min')
+    model = GKMVLP(replace(config, detector_dim=data.fields['region_features'].shape[-1]) if 'region_features' in data.fields else config,
+                   tokenizer)
+    trainer = Trainer(model, lambda m, b: m(b), data, train, run, evaluate=lambda m: validation_losses(m, val, train.batch_size),
+                      monitor='val_loss', mode='min')
     history = trainer.fit()
     first, last = ({k: float(history[k].iloc[i]) for k in LOSSES if k in history} for i in (0, -1))
     seed_everything(train.seed)
     fresh = validation_losses(GKMVLP(model.config, tokenizer).to(model.logit_scale.device).eval(), val, train.batch_size)
     start = {k: fresh[f'val_{k}'] for k in first}
     kept = history.loc[history['val_loss'].idxmin()]              # the epoch whose weights are kept
-    return model, history, health_report(start, {k: float(kept[f'val_{k}']) for k in first}, min(train.batch_size, len(val)), len(tokenizer))
+    return model, history, health_report(start, {k: float(kept[f'val_{k}']) for k in first}, min(train.batch_size, len(val)),
+                                         len(tokenizer))
 
+# %% ../../nbs/study/61_experiments.ipynb #24294f4b
 def health_table(health: dict) -> pd.DataFrame:
     "The health report as a table: expected and seen value of an untrained model on validation, the best validation value, the verdict."
     return pd.DataFrame(health).T.rename_axis('loss')
 
 def pretrain_metrics(history: pd.DataFrame, health: dict, train: StudySet, val: StudySet, model: GKMVLP) -> dict:
-    "Flat metrics of a pre-training: losses (`<loss>_expected` is the value of a model that knows nothing), speed, `parameters` = number of trained weights."
-    out = {f'{k}_{f}': v[f] for k, v in health.items() for f in ('start', 'end', 'verdict')} | {f'{k}_expected': v['expected_start'] for k, v in health.items()}
+    """Flat metrics of a pre-training: losses (`<loss>_expected` is the value of a model that knows nothing), speed, `parameters` =
+    number of trained weights."""
+    out = ({f'{k}_{f}': v[f] for k, v in health.items() for f in ('start', 'end', 'verdict')}
+           | {f'{k}_expected': v['expected_start'] for k, v in health.items()})
     trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
-    return out | {'epochs': int(history['epoch'].max()), 'images_per_s': float(history['images_per_s'].median()), 'n_train': len(train), 'n_val': len(val), 'parameters': trained}
+    return out | {'epochs': int(history['epoch'].max()), 'images_per_s': float(history['images_per_s'].median()), 'n_train': len(train),
+                  'n_val': len(val), 'parameters': trained}
 
 # %% ../../nbs/study/61_experiments.ipynb #97ec5e8f
 def plot_history(history: pd.DataFrame, health: dict) -> plt.Figure:
@@ -252,7 +277,8 @@ def plot_history(history: pd.DataFrame, health: dict) -> plt.Figure:
 
 # %% ../../nbs/study/61_experiments.ipynb #20eb0a96
 VARIANTS: dict[str, dict[str, str]] = {
-    'scratch': {'scratch': 'image'}, 'itc': {'itc': 'image'}, 'itc_local': {'itc_local': 'image'}, 'itc_itm_lm_ecls': {'itc_itm_lm_ecls': 'image'},
+    'scratch': {'scratch': 'image'}, 'itc': {'itc': 'image'}, 'itc_local': {'itc_local': 'image'},
+    'itc_itm_lm_ecls': {'itc_itm_lm_ecls': 'image'},
     'gk_without_ecls': {'gk-without_ecls': 'gk'},
     'itc_itm_lm': {'itc_itm_lm': 'image', 'itc_itm_lm-roi_pool': 'roi'},
     'gk': {'gk': 'gk', 'gk-roi_pool': 'roi', 'gk-null_prompts': 'gk_null', 'gk-shuffled_prompts': 'gk_shuffled', 'gk-image_only': 'image'}}
@@ -260,7 +286,8 @@ FINETUNED = {'gk': ('gk', 'gk-image_only', 'gk-roi_pool')}       # a fine-tuned 
 
 class ClassificationTask:
     "The three splits of a data set as tensors, with what `method` reads of the regions, and its runs on them."
-    def __init__(self, studies: Sequence[Study], dataset: str, method: str, ratio: float, seed: int, settings: dict, detector: RegionDetector, strength: float):
+    def __init__(self, studies: Sequence[Study], dataset: str, method: str, ratio: float, seed: int, settings: dict,
+                 detector: RegionDetector, strength: float):
         self.dataset, self.method, self.ratio, self.seed, self.settings = dataset, method, ratio, seed, settings
         y, self.names = label_matrix(studies, asked_labels(settings, dataset, studies))
         split = np.array([s.split for s in studies])
@@ -272,14 +299,19 @@ class ClassificationTask:
         self.y = {k: y[i] for k, i in index.items()}
         size = settings['model']['image_size']
         true, regions = settings['model'].get('boxes') == 'true', regions_read([*VARIANTS.get(method, {}).values()])
-        self.sets = {k: StudySet(self.studies[k], None, size, detector=detector, true_boxes=true, regions=regions, cache_dir=cache_dir(), seed=seed, targets=self.y[k],
+        self.sets = {k: StudySet(self.studies[k], None, size, detector=detector, true_boxes=true, regions=regions, cache_dir=cache_dir(),
+                                 seed=seed, targets=self.y[k],
                                  augment_strength=strength if k == 'train' else 0.) for k in index}
 
-    def save_subset(self, run: Path) -> None: "The list of training studies."; save_subset(run/'subset.json', [s.study_id for s in self.studies['train']], self.ratio, self.seed)
+    def save_subset(self, run: Path) -> None:
+        "The list of training studies."
+        save_subset(run/'subset.json', [s.study_id for s in self.studies['train']], self.ratio, self.seed)
 
     def sizes(self) -> pd.DataFrame:
         "Studies, patients and positives of each split."
-        return pd.DataFrame({k: {'studies': len(s), 'patients': len({x.subject_id for x in s}), **{f'{n} +': int(np.nansum(self.y[k][:, i])) for i, n in enumerate(self.names)}} for k, s in self.studies.items()})
+        return pd.DataFrame({k: {'studies': len(s), 'patients': len({x.subject_id for x in s}),
+                                 **{f'{n} +': int(np.nansum(self.y[k][:, i])) for i, n in enumerate(self.names)}}
+                             for k, s in self.studies.items()})
 
 # %% ../../nbs/study/61_experiments.ipynb #b939e8bb
 def load_method(method: str, checkpoint: str, settings: dict, seed: int, texts: Sequence[str] = ()) -> GKMVLP:
@@ -295,11 +327,13 @@ def run(self: ClassificationTask, checkpoint: str, config: TrainConfig, run: Pat
     rows, chosen = [], []
     y, sets, method = self.y, self.sets, self.method
     def keep(name, protocol, val, test, choice):
-        for split, s in (('val', val), ('test', test)): rows.append(prediction_frame(self.studies[split], y[split], s, self.names, method=name, protocol=protocol))
+        for split, s in (('val', val), ('test', test)):
+            rows.append(prediction_frame(self.studies[split], y[split], s, self.names, method=name, protocol=protocol))
         chosen.append({'method': name, 'protocol': protocol, 'chosen': choice})
     if method == 'pixels':
         x = {k: pixel_features(d) for k, d in sets.items()}
-        keep('pixels', 'linear_probe', *(r := pixel_baseline(x['train'], y['train'], x['val'], y['val'], x['test'], self.seed))[:2], f'C={r[2]:g}')
+        keep('pixels', 'linear_probe', *(r := pixel_baseline(x['train'], y['train'], x['val'], y['val'], x['test'], self.seed))[:2],
+             f'C={r[2]:g}')
         rate = np.nanmean(y['train'], 0)
         keep('constant', 'linear_probe', np.tile(rate, (len(y['val']), 1)), np.tile(rate, (len(y['test']), 1)), 'training prevalence')
         return pd.concat(rows, ignore_index=True), pd.DataFrame(chosen)
@@ -314,7 +348,8 @@ def run(self: ClassificationTask, checkpoint: str, config: TrainConfig, run: Pat
         if name in FINETUNED.get(method, (first,)): probes[name] = probe, x['train'][kind]
     for name, probe in probes.items():
         if name != first: model = load_method(method, checkpoint, self.settings, self.seed)
-        val, test, history = finetune(model, VARIANTS[method][name], sets['train'], sets['val'], sets['test'], config, run if name == first else run/name, probe)
+        val, test, history = finetune(model, VARIANTS[method][name], sets['train'], sets['val'], sets['test'], config,
+                                      run if name == first else run/name, probe)
         best = history.loc[history['val_auroc'].idxmax()] if history['val_auroc'].notna().any() else history.iloc[-1]
         keep(name, 'finetune', val, test, f'epoch {int(best["epoch"])} of {int(history["epoch"].max())}')
     return pd.concat(rows, ignore_index=True), pd.DataFrame(chosen)
@@ -331,7 +366,8 @@ def classification_metrics(predictions: pd.DataFrame) -> dict:
     out = {}
     for (m, p), f in predictions[predictions['split'] == 'test'].groupby(['method', 'protocol'], sort=False):
         mean = macro(scores_by_class(f))
-        out |= {f'{m}/{p}/macro_auroc': float(mean['mean']), f'{m}/{p}/classes': int(mean['n_defined']), f'{m}/{p}/n': int(f['study_id'].nunique())}
+        out |= {f'{m}/{p}/macro_auroc': float(mean['mean']), f'{m}/{p}/classes': int(mean['n_defined']),
+                f'{m}/{p}/n': int(f['study_id'].nunique())}
     return out
 
 def show_roc(predictions: pd.DataFrame) -> plt.Axes:

@@ -25,7 +25,9 @@ from ..evaluation.metrics import calibration_bins, ece
 from ..models.gk_mvlp import GKMVLP
 from ..paths import atomic_write
 
-METHOD_COLOURS = dict(zip(('gk', 'itc_itm_lm', 'scratch', 'pixels', 'itc', 'itc_local', 'itc_itm_lm_ecls', 'gk-without_ecls'), sns.color_palette('colorblind', 8), strict=True)) # the same in every figure
+# the same in every figure
+METHOD_COLOURS = dict(zip(('gk', 'itc_itm_lm', 'scratch', 'pixels', 'itc', 'itc_local', 'itc_itm_lm_ecls', 'gk-without_ecls'),
+                          sns.color_palette('colorblind', 8), strict=True))
 GROUP_COLOURS = dict(zip(REGION_GROUPS, sns.color_palette('colorblind', len(REGION_GROUPS)), strict=True))
 
 # %% ../../nbs/study/65_figures.ipynb #7786f891
@@ -50,7 +52,9 @@ def draw_boxes(ax: plt.Axes, boxes: np.ndarray, size: int, colours, labels: Sequ
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=c, lw=1, ls=style))
         if labels is not None: ax.text(x1 + 1, y1 + 1, labels[k], color=c, fontsize=6, va='top')
 
-def region_colours() -> list: "One colour per region, by group of `REGION_GROUPS`."; return [next(GROUP_COLOURS[g] for g, rs in REGION_GROUPS.items() if r in rs) for r in REGIONS]
+def region_colours() -> list:
+    "One colour per region, by group of `REGION_GROUPS`."
+    return [next(GROUP_COLOURS[g] for g, rs in REGION_GROUPS.items() if r in rs) for r in REGIONS]
 
 def plot_regions(images: np.ndarray, # uint8 [K, S, S]
                  boxes: np.ndarray, valid: np.ndarray, # [K, 29, 4], [K, 29]
@@ -74,7 +78,8 @@ def prompt_attention(model: GKMVLP, batch: dict) -> dict[str, np.ndarray]:
     "prompt [B, 29, 1+E], patch [B, 29, N] attention averaged over heads, and entity scores [B, E]."
     model.eval()
     z = model.ground(model.image_encoder(batch['images']), batch, 'all', need_maps=True)
-    return {'prompt': z['prompt_attention'].mean(1).numpy(), 'patch': z['patch_attention'].mean(1).numpy(), 'entity_scores': z['entity_scores'].numpy()}
+    return {'prompt': z['prompt_attention'].mean(1).numpy(), 'patch': z['patch_attention'].mean(1).numpy(),
+            'entity_scores': z['entity_scores'].numpy()}
 
 def log_attention(prompt: np.ndarray) -> np.ndarray: # [..., P]
     "log2 of attention times the number of prompts: 0 where all prompts have the same."
@@ -89,15 +94,18 @@ def stated_pair(stated: Sequence[tuple[str, str]], # (region, entity) pairs that
     return None if entity is None else min(((r, e) for r, e in stated if e == entity and valid[REGION_INDEX[r]]), key=lambda k: area(k[0]))
 
 # %% ../../nbs/study/65_figures.ipynb #a3072f52
-def _ask(ax: plt.Axes, x: np.ndarray, valid: np.ndarray, stated: Sequence[tuple[str, str]], limit: float = 2.) -> None: # [29, 1+E] of `log_attention`
+# [29, 1+E] of `log_attention`
+def _ask(ax: plt.Axes, x: np.ndarray, valid: np.ndarray, stated: Sequence[tuple[str, str]], limit: float = 2.) -> None:
     shown = pd.DataFrame(x, index=REGIONS, columns=['(null)', *ENTITY_NAMES])[valid]
     sns.heatmap(shown, ax=ax, cmap='RdBu_r', vmin=-limit, vmax=limit, xticklabels=True, yticklabels=True,
                 cbar_kws={'label': r'$\log_2$ (attention x number of prompts)', 'extend': 'both', 'shrink': .6})
     for r, e in stated:
-        if r in shown.index: ax.add_patch(Rectangle((shown.columns.get_loc(e), shown.index.get_loc(r)), 1, 1, fill=False, ec='black', lw=1.3, clip_on=False))
+        if r in shown.index:
+            ax.add_patch(Rectangle((shown.columns.get_loc(e), shown.index.get_loc(r)), 1, 1, fill=False, ec='black', lw=1.3, clip_on=False))
     ax.tick_params(labelsize=6); ax.set_title('region asks prompt; framed: stated in the report', fontsize=8)
 
-def _look(ax: plt.Axes, image: np.ndarray, patch: np.ndarray | None, box: np.ndarray, finding: np.ndarray, title: str) -> None: # [S, S], [N], [4], [K, 4]
+# [S, S], [N], [4], [K, 4]
+def _look(ax: plt.Axes, image: np.ndarray, patch: np.ndarray | None, box: np.ndarray, finding: np.ndarray, title: str) -> None:
     size = image.shape[-1]
     show_picture(ax, image, title)
     if patch is not None:
@@ -111,7 +119,8 @@ def plot_grounding(model: GKMVLP, batch: dict, # of one study
                    stated: Sequence[tuple[str, str]] = (), # (region, entity) pairs of its report
                    findings: dict[str, np.ndarray] | None = None, # entity: boxes [K, 4] in the square
                    said: str = '', title: str = '') -> plt.Figure:
-    "What each region asks, and where two regions look: the one that the report names for a finding (cyan; the finding yellow) and the one that asks most for it. Without such a finding, the region furthest from the mean region."
+    """What each region asks, and where two regions look: the one that the report names for a finding (cyan; the finding yellow) and the
+    one that asks most for it. Without such a finding, the region furthest from the mean region."""
     a, findings = prompt_attention(model, batch), findings or {}
     x, patch, v = log_attention(a['prompt'][0]), a['patch'][0], batch['region_valid'][0].numpy()
     boxes, at = batch['region_boxes'][0].numpy(), np.flatnonzero(v)
@@ -130,7 +139,8 @@ def plot_grounding(model: GKMVLP, batch: dict, # of one study
     _look(axes[columns], image, patch[own], boxes[own], box, f'patches that\n{REGIONS[own]} attends to')
     if pair is not None:
         _look(axes[1], image, None, boxes[own], box, f'stated: {pair[1]}\nin {pair[0]}')
-        _look(axes[3], image, patch[top], boxes[top], box, f'patches of {REGIONS[top]}, which asks most\nfor {pair[1]}; the stated region has rank {rank} of {len(at)}')
+        _look(axes[3], image, patch[top], boxes[top], box,
+              f'patches of {REGIONS[top]}, which asks most\nfor {pair[1]}; the stated region has rank {rank} of {len(at)}')
     fig.suptitle(title, fontsize=9)
     return fig
 
@@ -166,11 +176,13 @@ def plot_roc(frames: dict[str, list[pd.DataFrame]], # method: one frame of test 
 def mean_calibration_error(runs: Sequence[pd.DataFrame], n_bins: int = 10) -> float: # frames of label, y, score
     "Calibration error as in the tables: mean over classes with both values, then over runs."
     known = [f.dropna(subset=['y']).groupby('label') for f in runs]
-    return float(np.mean([np.mean([ece(g['y'].to_numpy(), g['score'].to_numpy(), n_bins) for _, g in k if g['y'].nunique() > 1]) for k in known]))
+    return float(np.mean([np.mean([ece(g['y'].to_numpy(), g['score'].to_numpy(), n_bins) for _, g in k if g['y'].nunique() > 1])
+                          for k in known]))
 
 def plot_reliability(frames: dict[str, list[pd.DataFrame]], # method: one frame of test predictions per seed
                      title: str = '', ax: plt.Axes | None = None, n_bins: int = 10) -> plt.Axes:
-    "Share of positives against predicted probability in bins of equal mass, on logarithmic axes. A bin without a positive is hollow, at half a positive."
+    """Share of positives against predicted probability in bins of equal mass, on logarithmic axes. A bin without a positive is hollow,
+    at half a positive."""
     ax = ax or plt.subplots(figsize=(3.6, 3.4))[1]
     spare, least = sns.color_palette('dark', len(frames)), .1
     for k, (name, runs) in enumerate(frames.items()):
@@ -182,7 +194,8 @@ def plot_reliability(frames: dict[str, list[pd.DataFrame]], # method: one frame 
         ax.plot(x[none], y[none], 'o', ms=3, color=c, mfc='white')
         least = min(least, x.min(), y.min())
     ax.plot([least, 1], [least, 1], color='grey', ls=':', lw=.8)
-    ax.set(xscale='log', yscale='log', xlabel='predicted probability', ylabel='share of positives', title=title, aspect='equal', xlim=(least / 1.3, 1.1), ylim=(least / 1.3, 1.1))
+    ax.set(xscale='log', yscale='log', xlabel='predicted probability', ylabel='share of positives', title=title, aspect='equal',
+           xlim=(least / 1.3, 1.1), ylim=(least / 1.3, 1.1))
     for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter('{x:g}')
     ax.legend(fontsize=6.5, frameon=False, loc='lower right', title='calibration error,\nmean over findings and seeds', title_fontsize=6.5)
     sns.despine(ax=ax)

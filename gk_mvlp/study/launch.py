@@ -44,22 +44,26 @@ def task_methods(p: Preset, task: str) -> list[str]:
     return ['baselines', *(m for m in p.task_methods or p.methods if pretrained(m) or (m == 'scratch' and task != 'zero_shot'))]
 
 def task_jobs(p: Preset) -> list[str]:
-    "Run ids `<task>/<dataset>-<method>-r<ratio>-s<seed>`. Zero-shot trains nothing, so it has one ratio; baselines on all training data have no chance in them, so they have one seed."
+    """Run ids `<task>/<dataset>-<method>-r<ratio>-s<seed>`. Zero-shot trains nothing, so it has one ratio; baselines on all training
+    data have no chance in them, so they have one seed."""
     out = []
     for task, sets in p.tasks.items():
         ratios, seeds = ((100.,), p.seeds) if task == 'zero_shot' else (p.task_ratios, p.task_seeds or p.seeds)
-        out += [f'{task}/{d}-{m}-r{r:g}-s{s}' for d in sets for m in task_methods(p, task) for r in ratios for s in (seeds[:1] if m == 'baselines' and r == 100 else seeds)]
+        out += [f'{task}/{d}-{m}-r{r:g}-s{s}' for d in sets for m in task_methods(p, task) for r in ratios
+                for s in (seeds[:1] if m == 'baselines' and r == 100 else seeds)]
     return out
 
 def pretrain_jobs(p: Preset) -> list[str]:
     "Run ids `<method>-s<seed>` of methods and variants."
-    own = {m: p.seeds for m in dict.fromkeys((*p.methods, *p.task_methods)) if pretrained(m)} | {v.method: v.seeds for v in variants(p).values()}
+    own = ({m: p.seeds for m in dict.fromkeys((*p.methods, *p.task_methods)) if pretrained(m)}
+           | {v.method: v.seeds for v in variants(p).values()})
     return [f'{m}-s{s}' for m, seeds in own.items() for s in seeds]
 
 def probing_jobs(p: Preset) -> list[str]:
     "Run ids `<dataset>-<method>-s<seed>`: every checkpoint that the preset's section `probing` asks, and every variant."
     if not p.probing: return []
-    chosen = {f'{m}-s{s}' for m in p.probing.get('methods') or p.methods for s in p.seeds} | {f'{v.method}-s{s}' for v in variants(p).values() for s in v.seeds}
+    chosen = ({f'{m}-s{s}' for m in p.probing.get('methods') or p.methods for s in p.seeds}
+              | {f'{v.method}-s{s}' for v in variants(p).values() for s in v.seeds})
     return [f'{d}-{j}' for d in p.classification for j in pretrain_jobs(p) if j in chosen]
 
 # %% ../../nbs/study/62_launch.ipynb #061dd4d5
@@ -69,11 +73,13 @@ def study_name(preset: str) -> str:
 
 def study_jobs(p: Preset) -> list[str]:
     "Run folders of a whole study, in the order of its stages."
-    return ['detector', *(f'pretrain/{j}' for j in pretrain_jobs(p)), *(f'classification/{j}' for j in classification_jobs(p)), *task_jobs(p), *(f'probing/{j}' for j in probing_jobs(p)),
+    return ['detector', *(f'pretrain/{j}' for j in pretrain_jobs(p)), *(f'classification/{j}' for j in classification_jobs(p)),
+            *task_jobs(p), *(f'probing/{j}' for j in probing_jobs(p)),
             'tables', *(['task_tables'] if p.tasks else []), 'figures', *(['study'] if p.probing else []), 'report']
 
 def time_estimate(jobs: Sequence[str], manifest: Path, cores: int) -> float:
-    "Seconds that jobs will take, by an earlier manifest: a job it does not know takes the mean of its stage. The detector uses all cores, others one each. 0 without a manifest."
+    """Seconds that jobs will take, by an earlier manifest: a job it does not know takes the mean of its stage. The detector uses all
+    cores, others one each. 0 without a manifest."""
     if not manifest.is_file(): return 0.
     seen, stages = {k: v['seconds'] for k, v in json.loads(read_text(manifest))['runs'].items()}, {}
     for k, s in seen.items(): stages.setdefault(k.split('/')[0], []).append(s)
@@ -81,6 +87,7 @@ def time_estimate(jobs: Sequence[str], manifest: Path, cores: int) -> float:
     each = {j: seen.get(j) or mean.get(j.split('/')[0], 0.) for j in jobs}
     return each.pop('detector', 0.) + sum(each.values()) / max(1, min(cores, len(each)))
 
+# %% ../../nbs/study/62_launch.ipynb #2816e3b5
 def _check_variants(p: Preset) -> None:
     "Check ablations, sweeps and probing: settings, methods, and that what is trained is also asked."
     from gk_mvlp.data.phantom import PhantomConfig
@@ -88,18 +95,22 @@ def _check_variants(p: Preset) -> None:
     from gk_mvlp.study.experiments import train_config
     from gk_mvlp.study.probing import ProbeConfig
     config = from_params(ProbeConfig, p.probing, 'preset, section probing')
-    if not 0 < p.pretrain_ratio <= 100: raise GKError(f'preset: pretrain_ratio {p.pretrain_ratio:g}', 'Give per cent, above 0 and at most 100.')
+    if not 0 < p.pretrain_ratio <= 100:
+        raise GKError(f'preset: pretrain_ratio {p.pretrain_ratio:g}', 'Give per cent, above 0 and at most 100.')
     for v in variants(p).values():
         where = f'preset, {v.method}'
         if not p.probing: raise GKError(f'{where}: nothing asks this variant', 'Add a section probing, for example {jitter: [0.1]}.')
-        if v.objective not in OBJECTIVES or not pretrained(v.objective): raise GKError(f'{where}: objective {v.objective!r}', f'Use one of: {", ".join(o for o in OBJECTIVES if pretrained(o))}.')
+        if v.objective not in OBJECTIVES or not pretrained(v.objective):
+            raise GKError(f'{where}: objective {v.objective!r}', f'Use one of: {", ".join(o for o in OBJECTIVES if pretrained(o))}.')
         if v.base not in p.methods: raise GKError(f'{where}: its base {v.base} is no method of the preset', f'Add {v.base} to methods.')
         from_params(ModelConfig, merge(p.model, v.overrides.get('model', {})) | {'objective': v.objective}, where)
         from_params(PhantomConfig, merge(p.data, v.overrides.get('data', {})), where)
         train_config(merge(p.pretrain, v.overrides.get('pretrain', {})), f'pretrain of {v.method}', 0)
-        if not 0 < v.overrides.get('pretrain_ratio', 100.) <= 100: raise GKError(f'{where}: pretrain_ratio {v.overrides["pretrain_ratio"]}', 'Give per cent, above 0 and at most 100.')
+        if not 0 < v.overrides.get('pretrain_ratio', 100.) <= 100:
+            raise GKError(f'{where}: pretrain_ratio {v.overrides["pretrain_ratio"]}', 'Give per cent, above 0 and at most 100.')
     for m in (*config.methods, *config.detailed):
-        if m not in p.methods or not pretrained(m): raise GKError(f'preset, section probing: {m!r} is no pre-trained method of the preset', 'Leave it out, or add it to methods.')
+        if m not in p.methods or not pretrained(m):
+            raise GKError(f'preset, section probing: {m!r} is no pre-trained method of the preset', 'Leave it out, or add it to methods.')
 
 # %% ../../nbs/study/62_launch.ipynb #9ed5d135
 UNDER_AGREEMENT = ('mimic_cxr', 'imagenome_gold')
@@ -116,35 +127,45 @@ def check_preset(p: Preset) -> None:
     from_params(PhantomConfig, p.data, 'preset, section data')
     from_params(ModelConfig, p.model, 'preset, section model')
     detector_configs({'detector': p.detector}, 0)
-    for where, d in (('pretrain', p.pretrain), ('finetune', p.finetune), *((f'task_finetune.{t}', p.finetune | d) for t, d in p.task_finetune.items())): train_config(d, where, 0)
+    for where, d in (('pretrain', p.pretrain), ('finetune', p.finetune),
+                     *((f'task_finetune.{t}', p.finetune | d) for t, d in p.task_finetune.items())):
+        train_config(d, where, 0)
     from_params(LocalizationConfig, p.localization, 'preset, section localization')
     from_params(GenerationConfig, p.generation, 'preset, section generation')
     for t in p.tasks:
         if t not in TASKS: raise GKError(f'preset: unknown task {t!r}', f'Use: {", ".join(TASKS)}.')
     for t in p.task_finetune:
-        if t not in (trained := ('classification', *(t for t in TASKS if t != 'zero_shot'))): raise GKError(f'preset: task_finetune of {t!r}, which trains nothing', f'Use: {", ".join(trained)}.')
+        if t not in (trained := ('classification', *(t for t in TASKS if t != 'zero_shot'))):
+            raise GKError(f'preset: task_finetune of {t!r}, which trains nothing', f'Use: {", ".join(trained)}.')
     for m in (*p.methods, *p.task_methods):
         if m != 'pixels' and m not in OBJECTIVES: raise GKError(f'preset: unknown method {m!r}', f'Use: pixels, {", ".join(OBJECTIVES)}.')
-    if other := [s for s in p.task_seeds if s not in p.seeds]: raise GKError(f'preset: task_seeds has {other[0]}, which is no seed of the preset', f'Use some of: {", ".join(map(str, p.seeds))}; tasks begin at its pre-trained models.')
+    if other := [s for s in p.task_seeds if s not in p.seeds]:
+        raise GKError(f'preset: task_seeds has {other[0]}, which is no seed of the preset',
+                      f'Use some of: {", ".join(map(str, p.seeds))}; tasks begin at its pre-trained models.')
     _check_variants(p)
     for d in (p.detector_dataset, p.pretrain_dataset, *p.classification, *(d for sets in p.tasks.values() for d in sets)):
         if d not in dataset_names(): raise GKError(f'preset: unknown data set {d!r}', f'Use: {", ".join(dataset_names())}.')
-        if d in UNDER_AGREEMENT and not p.credentialed: raise GKError(f'preset: {d} is under a data use agreement', 'Set credentialed: true, which keeps pictures, reports and ids out of executed notebooks and results.')
+        if d in UNDER_AGREEMENT and not p.credentialed:
+            raise GKError(f'preset: {d} is under a data use agreement',
+                          'Set credentialed: true, which keeps pictures, reports and ids out of executed notebooks and results.')
 
 # %% ../../nbs/study/62_launch.ipynb #4d3cce25
 def _lock(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     f = open(folder/'.study.lock', 'w')
     try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: raise GKError(f'{folder}: this study is already running', 'Wait for it, or stop it; then call the same command again.') from None
+    except BlockingIOError:
+        raise GKError(f'{folder}: this study is already running', 'Wait for it, or stop it; then call the same command again.') from None
     return f
 
 def _relative(p: Path) -> str: return str(p.relative_to(project_root())) if p.is_relative_to(project_root()) else str(p)
 
 def snakemake_command(preset: str, data: str, runs: str, results: str, cores: int, dry_run: bool = False, profile: str = '') -> list[str]:
     "The call of Snakemake for a preset: on `cores` of this machine, or where a workflow profile says."
-    return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'Snakefile'), '--directory', str(project_root()), *(['--workflow-profile', profile] if profile else ['--workflow-profile', 'none', '--cores', str(cores)]),
-            '--nolock', '--rerun-incomplete', '--keep-going', '--quiet', *(['rules', 'host'] if dry_run else ['all']), *(['--dry-run'] if dry_run else []),
+    return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_root()/'Snakefile'), '--directory', str(project_root()),
+            *(['--workflow-profile', profile] if profile else ['--workflow-profile', 'none', '--cores', str(cores)]),
+            '--nolock', '--rerun-incomplete', '--keep-going', '--quiet', *(['rules', 'host'] if dry_run else ['all']),
+            *(['--dry-run'] if dry_run else []),
             '--config', f'preset={preset}', f'data={data}', f'runs={runs}', f'results={results}', f'cores={cores}']
 
 def _end_with_parent() -> None: ctypes.CDLL(None).prctl(1, signal.SIGTERM)     # PR_SET_PDEATHSIG
@@ -162,7 +183,8 @@ def call_snakemake(command: Sequence[str], env: dict[str, str], lock) -> int: # 
     "Run it to its end; its exit status. An interrupt or SIGTERM ends its jobs, too."
     def stop(number, _): raise SystemExit(128 + number)
     before = signal.signal(signal.SIGTERM, stop)
-    p = subprocess.Popen(command, env=env, cwd=project_root(), pass_fds=[lock.fileno()], preexec_fn=_end_with_parent if sys.platform == 'linux' else None)
+    p = subprocess.Popen(command, env=env, cwd=project_root(), pass_fds=[lock.fileno()],
+                         preexec_fn=_end_with_parent if sys.platform == 'linux' else None)
     try: return p.wait()
     except (SystemExit, KeyboardInterrupt): _end(p); raise
     finally: signal.signal(signal.SIGTERM, before)
@@ -171,14 +193,16 @@ def call_snakemake(command: Sequence[str], env: dict[str, str], lock) -> int: # 
 def clear_outdated(results: Path, jobs: Sequence[str]) -> list[str]:
     "Delete what rests, by its manifest, on a run that is none of `jobs`; the names of the files."
     if not (manifest := results/'manifest.json').is_file(): return []
-    old = [a['path'] for a in json.loads(read_text(manifest))['artefacts'] if not set(a['runs']) <= set(jobs) and (results/a['path']).resolve().is_relative_to(results.resolve())]
+    old = [a['path'] for a in json.loads(read_text(manifest))['artefacts'] if not set(a['runs']) <= set(jobs)
+           and (results/a['path']).resolve().is_relative_to(results.resolve())]
     for name in old: (results/name).unlink(missing_ok=True)
     return old
 
 # %% ../../nbs/study/62_launch.ipynb #635bcb28
 def _summary(results: Path) -> str:
     "For the end of a run: the table of AUROCs, then gates and verdicts of the report."
-    table = re.sub(r'\n### .*?(?=\n## |\Z)', '', read_text(results/'tables'/'classification.md').split('\n## What is supported')[0], flags=re.S)
+    table = re.sub(r'\n### .*?(?=\n## |\Z)', '', read_text(results/'tables'/'classification.md').split('\n## What is supported')[0],
+                   flags=re.S)
     report = read_text(results/'REPORT.md')
     return '\n\n'.join([table.strip(), *(f'## {h}\n\n{section(report, h)}' for h in ('Did the models learn?', 'In short'))]) + '\n'
 
@@ -187,31 +211,43 @@ def _opening(name: str, p: Preset, runs: Path, results: Path, cores: int) -> str
     jobs = study_jobs(p)
     left = [j for j in jobs if not (runs/j/'metrics.json').is_file()]
     seconds = time_estimate(left, results/'manifest.json', cores)
-    took = '' if not left else f'about {max(1, round(seconds / 60))} minutes by the times in {_relative(results)}/manifest.json' if seconds else 'no earlier run to estimate the time from'
-    return f'{name}: {p.about} {len(jobs)} jobs, {len(jobs) - len(left)} of them finished before' + (f'; {took}.' if took else '; they run again only if their settings or code changed.')
+    took = ('' if not left else f'about {max(1, round(seconds / 60))} minutes by the times in {_relative(results)}/manifest.json'
+            if seconds else 'no earlier run to estimate the time from')
+    return (f'{name}: {p.about} {len(jobs)} jobs, {len(jobs) - len(left)} of them finished before'
+            + (f'; {took}.' if took else '; they run again only if their settings or code changed.'))
 
+# %% ../../nbs/study/62_launch.ipynb #3fdae0ce
 def run_study(preset: str, data: str = '', cores: int = 2, dry_run: bool = False, profile: str = '') -> int:
-    "Run (or list) all jobs of a preset, here or where a Snakemake profile sends them; 0 when every result is there, else 1 with one line per failed job."
-    if profile and not list(Path(profile).glob('config*.yaml')): raise GKError(f'profile {profile!r}: no config.yaml there', 'Give a folder such as profiles/slurm.')
+    """Run (or list) all jobs of a preset, here or where a Snakemake profile sends them; 0 when every result is there, else 1 with one
+    line per failed job."""
+    if profile and not list(Path(profile).glob('config*.yaml')):
+        raise GKError(f'profile {profile!r}: no config.yaml there', 'Give a folder such as profiles/slurm.')
     p = load_preset(preset)
     check_preset(p)
     name = study_name(preset)
     if p.needs: data = str(data_root(data or None, p.needs))
     runs, results, start = runs_dir()/name, results_dir()/name, time.time()
-    command = snakemake_command(preset, data, _relative(runs), _relative(results), cores, dry_run, str(Path(profile).resolve()) if profile else '')
+    command = snakemake_command(preset, data, _relative(runs), _relative(results), cores, dry_run,
+                                str(Path(profile).resolve()) if profile else '')
     threads = max(1, cores // min(2, cores))
-    env = {k: v for k, v in os.environ.items() if k != ADDRESS} | {'GK_MVLP_STUDY': f'{len(study_jobs(p))} {runs}', 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}', 'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false',
-                        'HF_HUB_OFFLINE': os.environ.get('HF_HUB_OFFLINE', '1'), 'PYTHONWARNINGS': 'ignore', 'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'GRPC_VERBOSITY': 'ERROR'}
+    env = {k: v for k, v in os.environ.items() if k != ADDRESS} | {
+        'GK_MVLP_STUDY': f'{len(study_jobs(p))} {runs}', 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}',
+        'OMP_NUM_THREADS': str(threads), 'TOKENIZERS_PARALLELISM': 'false', 'HF_HUB_OFFLINE': os.environ.get('HF_HUB_OFFLINE', '1'),
+        'PYTHONWARNINGS': 'ignore', 'PYDEVD_DISABLE_FILE_VALIDATION': '1', 'GRPC_VERBOSITY': 'ERROR'}
     print(_opening(name, p, runs, results, cores), flush=True)
     lock = _lock(runs)
-    if not dry_run and (old := clear_outdated(results, study_jobs(p))): print(f'{_relative(results)}: removed {len(old)} file(s) that rest on runs which this preset no longer has: {", ".join(old)}', flush=True)
+    if not dry_run and (old := clear_outdated(results, study_jobs(p))):
+        print(f'{_relative(results)}: removed {len(old)} file(s) that rest on runs which this preset no longer has: {", ".join(old)}',
+              flush=True)
     try:
         with warm_server(env) if not (dry_run or profile) else nullcontext(env) as env: code = call_snakemake(command, env, lock)
     finally: lock.close()
     if dry_run: return 0 if code == 0 else 1
     if code or not (results/'manifest.json').is_file():
-        print(f'error: {name} is not complete; the lines above name what failed. Correct it and call the same command again: finished jobs are kept.', file=sys.stderr)
+        print(f'error: {name} is not complete; the lines above name what failed. Correct it and call the same command again: finished jobs '
+              'are kept.', file=sys.stderr)
         return 1
     print('\n' + _summary(results))
-    print(f'{_relative(results)}: REPORT.md, tables/, figures/ and manifest.json; executed notebooks in {_relative(runs)} ({time.time() - start:.0f} s)')
+    print(f'{_relative(results)}: REPORT.md, tables/, figures/ and manifest.json; executed notebooks in {_relative(runs)} '
+          f'({time.time() - start:.0f} s)')
     return 0

@@ -48,12 +48,14 @@ class FigureJob:
 KNOWN = {'itc': 'ln B', 'local': 'ln B', 'itm': 'prior', 'lm': 'ln V'}  # what `expected_start` is made of
 
 def chance_value(loss: str, found: Sequence[dict]) -> tuple[float, str] | None: # metrics of pre-trainings
-    "(loss of a model that knows nothing, what that is), mean over pre-trainings; 'untrained' where the health report could only measure it. None where none has the loss."
+    """(loss of a model that knows nothing, what that is), mean over pre-trainings; 'untrained' where the health report could only
+    measure it. None where none has the loss."""
     pairs = [(m[f'{loss}_expected'], m[f'{loss}_start']) for m in found if f'{loss}_expected' in m]
     if not pairs: return None
     measured = loss not in KNOWN or all(e == s for e, s in pairs)
     return float(np.mean([e for e, _ in pairs])), 'untrained' if measured else KNOWN[loss]
 
+# %% ../../nbs/study/66_paper_figures.ipynb #43db8afc
 @patch
 def losses(self: FigureJob) -> plt.Figure:
     "Training (dashed) and validation (solid) losses of every objective, mean and range of its seeds; dotted: a model that knows nothing."
@@ -65,13 +67,15 @@ def losses(self: FigureJob) -> plt.Figure:
             found.append(json.loads(read_text(r/'metrics.json'))); used.append(f'pretrain/{m}-s{s}')
             for k in LOSSES:
                 for kind, c in (('training', k), ('validation', f'val_{k}')):
-                    if c in h: rows.append(pd.DataFrame({'epoch': h['epoch'], 'value': h[c], 'loss': k, 'split': kind, 'method': m, 'seed': s}))
+                    if c in h:
+                        rows.append(pd.DataFrame({'epoch': h['epoch'], 'value': h[c], 'loss': k, 'split': kind, 'method': m, 'seed': s}))
     if not rows: raise GKError('the preset has no pre-trained method', 'Add itc_itm_lm or gk to its methods.')
     d = pd.concat(rows, ignore_index=True).dropna(subset='value')       # validation is not done in every epoch
     keys = [k for k in LOSSES if k in set(d['loss'])]
     fig, axes = plt.subplots(1, len(keys), figsize=(2.9 * len(keys), 2.7), squeeze=False)
     for ax, k in zip(axes[0], keys, strict=True):
-        sns.lineplot(d[d['loss'] == k], x='epoch', y='value', hue='method', hue_order=self.objectives(), style='split', style_order=['validation', 'training'],
+        sns.lineplot(d[d['loss'] == k], x='epoch', y='value', hue='method', hue_order=self.objectives(), style='split',
+                     style_order=['validation', 'training'],
                      errorbar=('pi', 100), palette=METHOD_COLOURS, ax=ax, legend=k == keys[-1])
         title = k if k == 'local' else k.upper()
         if chance := chance_value(k, found):
@@ -118,7 +122,8 @@ def low_data(self: FigureJob) -> plt.Figure:
     t = t[t['method'].isin(MAIN) & (t['metric'] == 'auroc')]
     panels = [(d, p) for d in self.preset.classification for p in ('linear_probe', 'finetune')]
     fig, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), squeeze=False, sharey=True)
-    for ax, (d, p) in zip(axes[0], panels, strict=True): plot_low_data(t[(t['dataset'] == d) & (t['protocol'] == p)], f'{d}, {PROTOCOLS[p]}', ax)
+    for ax, (d, p) in zip(axes[0], panels, strict=True):
+        plot_low_data(t[(t['dataset'] == d) & (t['protocol'] == p)], f'{d}, {PROTOCOLS[p]}', ax)
     fig.tight_layout()
     return self._save(fig, 'low_data', ' '.join(t['runs']).split())
 
@@ -136,9 +141,11 @@ def regions(self: FigureJob) -> plt.Figure | None:
     studies = self._pictures(4)
     if not studies: return None
     images, frames = load_pictures(studies, self.preset.model['image_size'], cache_dir=cache_dir())
-    fig = plot_regions(images, *detect(load_detector(str(self.runs/'detector')), images), *true_regions(studies, frames), titles=[f'{self.preset.pretrain_dataset}, {s.view or "frontal"}' for s in studies])
+    fig = plot_regions(images, *detect(load_detector(str(self.runs/'detector')), images), *true_regions(studies, frames),
+                       titles=[f'{self.preset.pretrain_dataset}, {s.view or "frontal"}' for s in studies])
     return self._save(fig, 'regions', ['detector'])
 
+# %% ../../nbs/study/66_paper_figures.ipynb #75e07ff0
 @patch
 def _grounding_title(self: FigureJob) -> tuple[str, list[str]]:
     "(title, its runs): one picture shows little, so the AUROC of all test studies stands above it where the study measured it."
@@ -147,11 +154,13 @@ def _grounding_title(self: FigureJob) -> tuple[str, list[str]]:
     t = t[(t['dataset'] == self.preset.pretrain_dataset) & (t['method'] == 'gk') & (t['metric'] == 'grounding_auroc')]
     if not len(t) or t['mean'].isna().iloc[0]: return one, []
     r = t.iloc[0]
-    return f'{one}; over all {int(r["n"])}: AUROC of grounding {r["mean"]:.3f} ({r["low"]:.3f} to {r["high"]:.3f}), chance 0.5, {int(r["seeds"])} seed(s)', r['runs'].split()
+    return (f'{one}; over all {int(r["n"])}: AUROC of grounding {r["mean"]:.3f} ({r["low"]:.3f} to {r["high"]:.3f}), chance 0.5, '
+            f'{int(r["seeds"])} seed(s)', r['runs'].split())
 
 @patch
 def grounding(self: FigureJob) -> plt.Figure | None:
-    "Region x prompt attention of the first test study whose report places a finding that has a box, beside the patches that the stated region and the most asking one look at."
+    """Region x prompt attention of the first test study whose report places a finding that has a box, beside the patches that the stated
+    region and the most asking one look at."""
     studies = self._pictures()
     if not studies or 'gk' not in self.preset.methods: return None
     place = lambda s: [k for k, v in s.relations.items() if v == 1]
@@ -161,5 +170,6 @@ def grounding(self: FigureJob) -> plt.Figure | None:
     data = StudySet([study], None, model.config.image_size, detector=load_detector(str(self.runs/'detector')), cache_dir=cache_dir())
     boxes = finding_boxes([study], load_pictures([study], model.config.image_size, cache_dir=cache_dir())[1])[0]
     title, used = self._grounding_title()
-    fig = plot_grounding(model, data[[0]], data.images[0].numpy(), place(study), boxes, ', '.join(e for e, v in study.entities.items() if v == 1), title)
+    fig = plot_grounding(model, data[[0]], data.images[0].numpy(), place(study), boxes,
+                         ', '.join(e for e, v in study.entities.items() if v == 1), title)
     return self._save(fig, 'grounding', [run, 'detector', *used])

@@ -45,9 +45,12 @@ class ProbeConfig:
 
     def __post_init__(self):
         for k in ('jitter', 'drop', 'swap'):
-            if any(not 0 < v <= (10 if k == 'jitter' else 1) for v in getattr(self, k)): raise GKError(f'probing.{k} is {getattr(self, k)}', 'Use levels above 0; a share is at most 1.')
+            if any(not 0 < v <= (10 if k == 'jitter' else 1) for v in getattr(self, k)):
+                raise GKError(f'probing.{k} is {getattr(self, k)}', 'Use levels above 0; a share is at most 1.')
 
-    def noise(self) -> list[tuple[str, float]]: "(kind, level) of every disturbance."; return [(k, v) for k in ('jitter', 'drop', 'swap') for v in getattr(self, k)]
+    def noise(self) -> list[tuple[str, float]]:
+        "(kind, level) of every disturbance."
+        return [(k, v) for k in ('jitter', 'drop', 'swap') for v in getattr(self, k)]
 
 # %% ../../nbs/study/94_probing.ipynb #222bb72d
 def swap_places(chosen: Tensor, # bool [N, R]
@@ -82,7 +85,8 @@ def disturb(fields: dict[str, Tensor], # of a StudySet
     return out
 
 # %% ../../nbs/study/94_probing.ipynb #e4210055
-ROWS = {'image': 'image_only', 'roi': 'roi_pool', 'gk_null': 'null_prompts', 'gk_all': 'all_prompts', 'gk_oracle': 'oracle_prompts', 'gk_shuffled': 'shuffled_prompts'}
+ROWS = {'image': 'image_only', 'roi': 'roi_pool', 'gk_null': 'null_prompts', 'gk_all': 'all_prompts', 'gk_oracle': 'oracle_prompts',
+        'gk_shuffled': 'shuffled_prompts'}
 
 def kinds_of(model: GKMVLP, detailed: bool, reports: bool) -> dict[str, str]:
     "{kind: its row's suffix}; the method's own features come first, with ''. Only with reports can there be an oracle."
@@ -99,26 +103,30 @@ class Probing:
         self.detailed = r.method in config.detailed
         self.reports = all(s.report.strip() for v in r.part.values() for s in v)
         regions = regions_read(list(kinds_of(self.model, self.detailed, self.reports)), self.model.config.region_source)
-        self.data = {k: r.pictures(k, self.model.tokenizer if self.reports else None, regions, max_length=self.model.config.max_length) for k in r.part}
+        self.data = {k: r.pictures(k, self.model.tokenizer if self.reports else None, regions, max_length=self.model.config.max_length)
+                     for k in r.part}
         for d in self.data.values(): d.strength = 0.
         self.y, self.names = {}, r.labels()
         for k in ('train', 'val', 'test'): self.y[k], self.names = label_matrix(r.part[k], self.names)
 
-    def frame(self, split: str, scores: np.ndarray, suffix: str = '', protocol: str = 'linear_probe', ratio: float = 100., factor: str = '', level: float = float('nan'),
+    def frame(self, split: str, scores: np.ndarray, suffix: str = '', protocol: str = 'linear_probe', ratio: float = 100., factor: str = '',
+              level: float = float('nan'),
               which: Sequence[int] | None = None # labels that were scored; None: all
               ) -> pd.DataFrame:
         "Predictions with the columns that tables group by."
         method = self.r.method + (f'-{suffix}' if suffix else '')
         names = self.names if which is None else [self.names[i] for i in which]
         y = self.y[split] if which is None else self.y[split][:, which]
-        f = prediction_frame(self.r.part[split], y, scores, names, method=method, protocol=protocol, ratio=float(ratio), factor=factor, level=float(level))
+        f = prediction_frame(self.r.part[split], y, scores, names, method=method, protocol=protocol, ratio=float(ratio), factor=factor,
+                             level=float(level))
         return f.astype({'score': 'float32', 'y': 'float32', **{k: 'category' for k in ('method', 'protocol', 'factor', 'split', 'label')}})
 
     def worse(self, kinds: Sequence[str]) -> dict[tuple[str, float], dict[str, np.ndarray]]:
         "Test features of every kind under every disturbance."
         test, out = self.data['test'], {}
         clean = test.fields
-        describe = (lambda boxes: describe_regions(self.r.detector, test.images, boxes, clean['region_valid'])) if self.r.detector is not None else None
+        describe = ((lambda boxes: describe_regions(self.r.detector, test.images, boxes, clean['region_valid']))
+                    if self.r.detector is not None else None)
         for i, (kind, level) in enumerate(self.config.noise()):
             test.fields = clean | disturb(clean, kind, level, torch.Generator().manual_seed(1000 * self.r.seed + i), describe)
             try: out[kind, level] = features_by_kind(self.model, test, kinds)
@@ -139,14 +147,17 @@ def probe_predictions(p: Probing) -> pd.DataFrame:
         for ratio in p.ratios if n == 0 else p.ratios[-1:]:
             last = ratio == p.ratios[-1]
             extra = [w[kind] for w in worse.values()] if kind in NOISY and last else []
-            val, test, _ = linear_probe(x['train'][kind][subsets[ratio]], y['train'][subsets[ratio]], x['val'][kind], y['val'], np.concatenate([x['test'][kind], *extra]))
+            val, test, _ = linear_probe(x['train'][kind][subsets[ratio]], y['train'][subsets[ratio]], x['val'][kind], y['val'],
+                                        np.concatenate([x['test'][kind], *extra]))
             parts = np.split(test, 1 + len(extra))
             rows += [p.frame('val', val, suffix, ratio=ratio), p.frame('test', parts[0], suffix, ratio=ratio)]
-            rows += [p.frame('test', s, suffix, ratio=ratio, factor=f, level=v) for s, (f, v) in zip(parts[1:], worse if extra else (), strict=True)]
+            rows += [p.frame('test', s, suffix, ratio=ratio, factor=f, level=v)
+                     for s, (f, v) in zip(parts[1:], worse if extra else (), strict=True)]
     known = entity_labels(p.names)
     for k in ('val', 'test'):
         rows.append(p.frame(k, zero_shot.itc_scores(p.model, p.data[k], p.names), protocol='zero_shot'))
-        if p.model.config.gk and known: rows.append(p.frame(k, zero_shot.ecls_scores(p.model, p.data[k], [p.names[i] for i in known]), protocol='ecls', which=known))
+        if p.model.config.gk and known:
+            rows.append(p.frame(k, zero_shot.ecls_scores(p.model, p.data[k], [p.names[i] for i in known]), protocol='ecls', which=known))
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/study/94_probing.ipynb #cc0ecfce
@@ -157,10 +168,12 @@ def probe_relations(p: Probing) -> pd.DataFrame | None:
     def step(b):
         v, ok = p.model.image_encoder(b['images']), b['region_valid'][..., None]
         own, shuffled = (p.model.ground(v, b, 'all', need_maps=True, shuffle=s)['prompt_attention'].mean(1) * ok for s in (False, True))
-        return {'attention': own[..., 1:], 'shuffled_prompts': shuffled[..., 1:], 'null_prompt': ((1 - own[..., :1]) * ok).expand(-1, -1, own.shape[-1] - 1)}
+        return {'attention': own[..., 1:], 'shuffled_prompts': shuffled[..., 1:],
+                'null_prompt': ((1 - own[..., :1]) * ok).expand(-1, -1, own.shape[-1] - 1)}
     p.model.eval()
     scores = {k: x.numpy() for k, x in run_batches(p.data['test'], step, device=p.model.logit_scale.device).items()}
-    return relation_frame(p.r.part['test'], pairs, scores, p.r.part['train']).astype({k: 'category' for k in ('study_id', 'subject_id', 'split', 'region', 'entity')})
+    return relation_frame(p.r.part['test'], pairs, scores,
+                          p.r.part['train']).astype({k: 'category' for k in ('study_id', 'subject_id', 'split', 'region', 'entity')})
 
 def probe_maps(p: Probing) -> pd.DataFrame | None:
     "`map_frame`s of validation and test for findings with boxes, method and protocol; None without any."
@@ -171,8 +184,11 @@ def probe_maps(p: Probing) -> pd.DataFrame | None:
     grid, rows = p.model.image_encoder.grid, []
     for k in ('val', 'test'):
         maps = {(p.r.method, 'similarity'): zero_shot.similarity_maps(p.model, p.data[k], names)}
-        if p.model.config.mapped: maps |= {(p.r.method, f'attention{c and "_" + c}'): zero_shot.attention_maps(p.model, p.data[k], names, c) for c in (('', 'null', 'shuffled') if p.detailed else ('',))}
-        if p.r.method == p.config.detailed[0]: maps |= {(c, c): prior_maps(c, names, grid, len(part[k]), boxes['train']) for c in ('uniform', 'centre', 'train_prior')}
+        if p.model.config.mapped:
+            maps |= {(p.r.method, f'attention{c and "_" + c}'): zero_shot.attention_maps(p.model, p.data[k], names, c)
+                     for c in (('', 'null', 'shuffled') if p.detailed else ('',))}
+        if p.r.method == p.config.detailed[0]:
+            maps |= {(c, c): prior_maps(c, names, grid, len(part[k]), boxes['train']) for c in ('uniform', 'centre', 'train_prior')}
         rows += [map_frame(part[k], boxes[k], m, names, method=a, protocol=b) for (a, b), m in maps.items()]
     return pd.concat(rows, ignore_index=True)
 

@@ -21,16 +21,28 @@ def section(report: str, heading: str, figures: bool = False) -> str:
 
 # %% ../../nbs/study/69_report_parts.ipynb #d8e47ceb
 FIGURES = {
-    'losses': ('Did the models learn?', 'Pre-training losses, mean and range of the seeds: validation solid, training dashed. Dotted: a model that knows nothing.'),
+    'losses': ('Did the models learn?',
+               'Pre-training losses, mean and range of the seeds: validation solid, training dashed. Dotted: a model that knows nothing.'),
     'regions': ('The detector', 'Regions found in test pictures, coloured by group; annotated ones dotted white.'),
     'low_data': ('Pre-training on reports helps', 'AUROC against the share of labels, with 95 % intervals.'),
-    'roc': ('Pre-training on reports helps', 'ROC of linear probes with the largest share of labels: mean of the findings, thin lines per seed.'),
-    'reliability': ('Pre-training on reports helps', 'Share of positives against predicted probability, linear probes, bins of equal mass. In the legend the calibration error of the tables.'),
-    'forest': ('The grounded-knowledge module helps', 'gk minus its references in every task. Filled: p < .05 after correction; hollow: tested, not significant; cross: not in the tested family.'),
-    'task_curves': ('The grounded-knowledge module helps', 'Localization, reports and questions against the share of labels, with 95 % intervals. Dashed: the baseline of each task.'),
-    'reports': ('Written reports are better than copied ones', 'The first test studies with a finding: reference and written reports, each sentence marked by its findings.'),
-    'grounding': ('Prompts are grounded in the right regions', 'One test study: which prompt each region asks (0: none more than another; framed: stated in the report), and where two regions look.'),
-    'ablations': ('Entity classification helps', 'gk minus each ablation, prompt mode and other objective; marks as in the figure of all tasks.'),
+    'roc': ('Pre-training on reports helps',
+            'ROC of linear probes with the largest share of labels: mean of the findings, thin lines per seed.'),
+    'reliability': ('Pre-training on reports helps',
+                    'Share of positives against predicted probability, linear probes, bins of equal mass. In the legend the calibration '
+                    'error of the tables.'),
+    'forest': ('The grounded-knowledge module helps',
+               'gk minus its references in every task. Filled: p < .05 after correction; hollow: tested, not significant; cross: not in '
+               'the tested family.'),
+    'task_curves': ('The grounded-knowledge module helps',
+                    'Localization, reports and questions against the share of labels, with 95 % intervals. Dashed: the baseline of '
+                    'each task.'),
+    'reports': ('Written reports are better than copied ones',
+                'The first test studies with a finding: reference and written reports, each sentence marked by its findings.'),
+    'grounding': ('Prompts are grounded in the right regions',
+                  'One test study: which prompt each region asks (0: none more than another; framed: stated in the report), and where two '
+                  'regions look.'),
+    'ablations': ('Entity classification helps',
+                  'gk minus each ablation, prompt mode and other objective; marks as in the figure of all tasks.'),
     'robustness': ('The gain survives errors of the detector', 'AUROC against the level of each disturbance, with 95 % intervals.'),
     'subgroups': ('Grounding does not widen gaps between groups', 'AUROC of every group of patients and findings, with 95 % intervals.'),
     'scaling': ('The gain grows with data and size', 'AUROC against pre-training studies and model size, with 95 % intervals.')}
@@ -57,20 +69,24 @@ def folded(report: str, longest: int = LONGEST) -> str:
         rows = m[0].count('\n') - 2
         return m[0] if rows <= longest else f'<details markdown="1"><summary>Table of {rows} rows</summary>\n\n{m[0]}\n</details>\n'
     parts = re.split(r'(?=^## )', report, flags=re.MULTILINE)
-    return ''.join(p if p.startswith(tuple(f'## {h}\n' for h in OPEN)) else re.sub(r'(?:^\|.*\|\n)+', fold, p, flags=re.MULTILINE) for p in parts)
+    return ''.join(p if p.startswith(tuple(f'## {h}\n' for h in OPEN)) else re.sub(r'(?:^\|.*\|\n)+', fold, p, flags=re.MULTILINE)
+                   for p in parts)
 
 # %% ../../nbs/study/69_report_parts.ipynb #9ddd82ec
-NOTE = ('How to read the tables: an empty *p (Holm)* means that the comparison is not in the tested family - its interval is not corrected for the number of comparisons and supports no claim. '
+NOTE = ('How to read the tables: an empty *p (Holm)* means that the comparison is not in the tested family - its interval is not corrected '
+        'for the number of comparisons and supports no claim. '
         'Differences are gk minus the other, in tables and figures.')
 
-PICTURES = ('regions', 'reports', 'grounding')   # figures with X-rays; those of others are not given away, so a report that is must do without
+# figures with X-rays; those of others are not given away, so a report that is must do without
+PICTURES = ('regions', 'reports', 'grounding')
 
 def finished(report: str, results: Path, # of `report_text`; folder with figures/
              pictures: bool = True # False: without the figures that show X-rays
              ) -> str:
     "The report with a note on its tables, folded tables and the figures that the folder has."
     head, mark, rest = report.partition('\n## ')
-    return illustrated(folded(f'{head.rstrip()}\n\n{NOTE}\n{mark}{rest}'), {f.stem for f in (Path(results)/'figures').glob('*.png') if pictures or f.stem not in PICTURES})
+    return illustrated(folded(f'{head.rstrip()}\n\n{NOTE}\n{mark}{rest}'),
+                       {f.stem for f in (Path(results)/'figures').glob('*.png') if pictures or f.stem not in PICTURES})
 
 def finish_report(report: str, results: Path, pictures: bool = True) -> str:
     "Write it to REPORT.md; its text."

@@ -48,7 +48,8 @@ def notebook_parameters(path: str | Path) -> dict[str, type]:
         if not isinstance(node, (ast.Assign, ast.AnnAssign)): continue
         name = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
         kind = _TYPES.get(ast.unparse(node.annotation)) if isinstance(node, ast.AnnAssign) else None
-        if kind is None: raise GKError(f'{path}: parameter {name!r} has no usable annotation', f'Annotate it with one of: {", ".join(_TYPES)}.')
+        if kind is None:
+            raise GKError(f'{path}: parameter {name!r} has no usable annotation', f'Annotate it with one of: {", ".join(_TYPES)}.')
         out[name] = kind
     return out
 
@@ -57,7 +58,8 @@ STAGE_PACKAGES: dict[str, tuple[str, ...]] = {
     'detector': ('data', 'training/checkpoint', 'training/trainer', 'models/detector', 'study/experiments'),
     'pretrain': ('data', 'models', 'training', 'study/experiments'),
     'classification': ('data', 'models', 'training', 'tasks/classification', 'study/experiments'),
-    **{t: ('data', 'models', 'training', 'tasks', 'evaluation', 'study/experiments', 'study/task_runs') for t in ('zero_shot', 'localization', 'report_generation', 'vqa')},
+    **{t: ('data', 'models', 'training', 'tasks', 'evaluation', 'study/experiments', 'study/task_runs')
+       for t in ('zero_shot', 'localization', 'report_generation', 'vqa')},
     'probing': ('data', 'models', 'training', 'tasks', 'evaluation', 'study/experiments', 'study/task_runs', 'study/probing'),
     'paper': ('evaluation', 'study')}
 
@@ -84,7 +86,8 @@ def begin_run(out: str, # run folder; '' = runs/interactive/<stage>
     "Make the run folder and write config.json. A stale half-finished run (other settings, data or code) is cleared, with a word about it."
     folder = Path(out) if out else runs_dir()/'interactive'/stage
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads(json.dumps({'stage': stage, 'settings': settings, 'data_fingerprint': data, 'code': code_hash(stage)}, default=list))
+    config = json.loads(json.dumps({'stage': stage, 'settings': settings, 'data_fingerprint': data, 'code': code_hash(stage)},
+                                   default=list))
     path = folder/'config.json'
     old = json.loads(read_text(path)) if path.is_file() else None
     if old is not None and old != config:
@@ -97,7 +100,9 @@ def begin_run(out: str, # run folder; '' = runs/interactive/<stage>
 
 def end_run(folder: Path, metrics: dict[str, float]) -> None:
     "Write metrics.json, the mark of a finished run: flat, finite numbers (an undefined metric is left out, not written as a number)."
-    write_json(Path(folder)/'metrics.json', {k: (round(float(v), 6) if isinstance(v, float) else v) for k, v in metrics.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))})
+    write_json(Path(folder)/'metrics.json',
+               {k: (round(float(v), 6) if isinstance(v, float) else v)
+                for k, v in metrics.items() if v is not None and not (isinstance(v, float) and not math.isfinite(v))})
 
 # %% ../../nbs/study/60_run.ipynb #63e65269
 def _gpu_name() -> str | None:
@@ -116,8 +121,12 @@ def environment(seconds: float | None = None) -> dict:
         try: return version(n)
         except PackageNotFoundError: return None
     import psutil
-    return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!paper_results', ':!README.md')),   # what runs write is no change of the code
-            'python': platform.python_version(), **{n: v(n) for n in ('gk_mvlp', 'torch', 'torchvision', 'timm', 'transformers', 'accelerate', 'papermill', 'snakemake', 'numpy', 'scikit-learn')},
+    # what runs write is no change of the code
+    return {'commit': git('rev-parse', 'HEAD'),
+            'dirty': bool(git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!paper_results', ':!README.md')),
+            'python': platform.python_version(),
+            **{n: v(n) for n in ('gk_mvlp', 'torch', 'torchvision', 'timm', 'transformers', 'accelerate', 'papermill', 'snakemake', 'numpy',
+                                 'scikit-learn')},
             'platform': platform.platform(), 'cpus': os.cpu_count(), 'memory_gb': round(psutil.virtual_memory().total / 2**30, 1),
             'gpu': _gpu_name(), 'seconds': None if seconds is None else round(seconds, 1)}
 
@@ -144,7 +153,8 @@ def _inline_pictures():
 
 @contextmanager
 def _kernel_log(path: Path):
-    "Send what the kernel's process writes to its standard error into a file: its start-up notes are noise here, its last words before a crash are not."
+    """Send what the kernel's process writes to its standard error into a file: its start-up notes are noise here, its last words before
+    a crash are not."""
     saved = os.dup(2)
     try:
         with open(path, 'wb') as f: os.dup2(f.fileno(), 2)
@@ -165,8 +175,10 @@ def is_credentialed(preset: str) -> bool:
 def withhold(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     "The notebook with the outputs of cells tagged 'aggregate' alone; printed text and messages of errors are withheld in these, too."
     for cell in (c for c in nb.cells if c.cell_type == 'code'):
-        kept = [o for o in cell.outputs if o.output_type in ('display_data', 'execute_result')] if 'aggregate' in cell.metadata.get('tags', []) else []
-        failed = [nbformat.v4.new_output('error', ename=o.ename, evalue='withheld: the data are under a use agreement', traceback=[]) for o in cell.outputs if o.output_type == 'error']
+        kept = ([o for o in cell.outputs if o.output_type in ('display_data', 'execute_result')]
+                if 'aggregate' in cell.metadata.get('tags', []) else [])
+        failed = [nbformat.v4.new_output('error', ename=o.ename, evalue='withheld: the data are under a use agreement', traceback=[])
+                  for o in cell.outputs if o.output_type == 'error']
         cell.outputs = kept + failed
     return nb
 
@@ -181,7 +193,8 @@ def _withheld(out: Path):
 
 # %% ../../nbs/study/60_run.ipynb #b7718ff6
 def run_notebook(notebook: str | Path, run_dir: str | Path, params: dict, progress: bool = False) -> Path:
-    "Execute a notebook into `run_dir`/run.ipynb; `GKError` on a refused parameter, a failed cell or missing metrics. A failed notebook is kept."
+    """Execute a notebook into `run_dir`/run.ipynb; `GKError` on a refused parameter, a failed cell or missing metrics. A failed notebook
+    is kept."""
     import papermill as pm
     notebook, run_dir = Path(notebook), Path(run_dir)
     known = notebook_parameters(notebook)
@@ -191,12 +204,18 @@ def run_notebook(notebook: str | Path, run_dir: str | Path, params: dict, progre
     with _locked(run_dir):
         (run_dir/'metrics.json').unlink(missing_ok=True)
         try:
-            with warnings.catch_warnings(), _inline_pictures(), _kernel_log(Path(os.devnull) if hide else run_dir/'kernel.log'), _withheld(out) if hide else nullcontext(out) as written:
+            with warnings.catch_warnings(), _inline_pictures(), _kernel_log(Path(os.devnull)
+                    if hide else run_dir/'kernel.log'), _withheld(out) if hide else nullcontext(out) as written:
                 warnings.simplefilter('ignore')
-                pm.execute_notebook(str(notebook), str(written), parameters=params, kernel_name='python3', language='python', progress_bar=progress, log_output=False, cwd=str(project_root()), **kernel_options())
+                pm.execute_notebook(str(notebook), str(written), parameters=params, kernel_name='python3', language='python',
+                                    progress_bar=progress, log_output=False, cwd=str(project_root()), **kernel_options())
         except pm.PapermillExecutionError as err: raise GKError(_complaint(err, out)) from err
-        except (DeadKernelError, RuntimeError) as err: raise GKError(f'{notebook}: its kernel died ({" ".join(str(err).split())[:120]})', f'Often too little memory: lower the batch size. See {run_dir}/kernel.log. The same command continues from the last checkpoint.') from err
-        if not (run_dir/'metrics.json').is_file(): raise GKError(f'{notebook}: the run wrote no metrics.json', f'Its last cell must call end_run. See {out}.')
+        except (DeadKernelError, RuntimeError) as err:
+            raise GKError(f'{notebook}: its kernel died ({" ".join(str(err).split())[:120]})',
+                          f'Often too little memory: lower the batch size. See {run_dir}/kernel.log. The same command continues from the '
+                          'last checkpoint.') from err
+        if not (run_dir/'metrics.json').is_file():
+            raise GKError(f'{notebook}: the run wrote no metrics.json', f'Its last cell must call end_run. See {out}.')
         write_json(run_dir/'env.json', environment(time.time() - start))
     return out
 
@@ -218,7 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     label, start = a.label or a.run_dir, time.time()
     try:
         try: params = yaml.safe_load(read_text(a.params) if a.params.endswith(('.yml', '.yaml')) else a.params)
-        except yaml.YAMLError as err: raise GKError(f'--params: not valid JSON or YAML ({" ".join(str(err).split())[:120]})', 'Quote it for the shell.') from err
+        except yaml.YAMLError as err:
+            raise GKError(f'--params: not valid JSON or YAML ({" ".join(str(err).split())[:120]})', 'Quote it for the shell.') from err
         if not isinstance(params, dict): raise GKError('--params: not a mapping', 'Write {"name": value}.')
         print(f'start  {label}', flush=True)
         run_notebook(a.notebook, a.run_dir, params)

@@ -30,7 +30,8 @@ from ..training.batches import load_pictures
 
 # %% ../../nbs/study/96_study_figures.ipynb #f71c394c
 _UP, _DOWN, _GREY = sns.color_palette('colorblind')[0], sns.color_palette('colorblind')[3], 'grey'
-MARKS = {'p < .05, corrected: gk higher': ('o', _UP, _UP), 'p < .05, corrected: gk lower': ('o', _DOWN, _DOWN), 'tested, not significant': ('o', _GREY, 'white'), 'not in the tested family': ('x', _GREY, _GREY)}
+MARKS = {'p < .05, corrected: gk higher': ('o', _UP, _UP), 'p < .05, corrected: gk lower': ('o', _DOWN, _DOWN),
+         'tested, not significant': ('o', _GREY, 'white'), 'not in the tested family': ('x', _GREY, _GREY)}
 
 def mark(difference: float, p: float) -> str: # p corrected, NaN where the comparison is not tested
     "The name of a comparison's mark, of `MARKS`."
@@ -48,7 +49,8 @@ def plot_forest(table: pd.DataFrame, # label, difference (gk minus the other), l
         ax.plot(r.difference, i, sign, ms=4, color=c, mfc=fill)
     ax.axvline(0, color='black', lw=.6)
     ax.set(yticks=range(len(table)), ylim=(len(table) - .4, -.6), xlabel=xlabel)
-    ax.set_yticklabels(table['label'], fontsize=7); ax.set_title(title, fontsize=8); ax.tick_params(axis='x', labelsize=7); ax.xaxis.label.set_size(7); ax.locator_params(axis='x', nbins=5)
+    ax.set_yticklabels(table['label'], fontsize=7); ax.set_title(title, fontsize=8); ax.tick_params(axis='x', labelsize=7)
+    ax.xaxis.label.set_size(7); ax.locator_params(axis='x', nbins=5)
     sns.despine(ax=ax, left=True)
     return ax
 
@@ -70,13 +72,15 @@ def plot_levels(table: pd.DataFrame, # method, x, mean, low, high
         ax.fill_between(t['x'].astype(float), t['low'].astype(float), t['high'].astype(float), color=c, alpha=.15, lw=0)
     if log:
         ax.set_xscale('log'); ax.set_xticks(sorted(table['x'].unique())); ax.minorticks_off()
-        ax.get_xaxis().set_major_formatter((lambda x, _: f'{x / 1e6:.3g}M' if x >= 1e6 else f'{x / 1e3:.3g}k') if table['x'].max() >= 1e5 else '{x:g}')
+        ax.get_xaxis().set_major_formatter((lambda x, _: f'{x / 1e6:.3g}M' if x >= 1e6 else f'{x / 1e3:.3g}k')
+                                           if table['x'].max() >= 1e5 else '{x:g}')
         plt.setp(ax.get_xticklabels(), rotation=45, ha='right', rotation_mode='anchor')
     elif table['x'].nunique() < 8: ax.set_xticks(sorted(table['x'].unique())); ax.get_xaxis().set_major_formatter('{x:g}')
     ax.set_xlabel(xlabel, fontsize=8); ax.set_ylabel(ylabel, fontsize=8); ax.set_title(title, fontsize=9); ax.tick_params(labelsize=7)
     ax.legend(fontsize=6.5, frameon=False); sns.despine(ax=ax)
     return ax
 
+# %% ../../nbs/study/96_study_figures.ipynb #73ba1509
 def plot_groups(table: pd.DataFrame, # attribute, group, method, mean, low, high
                 title: str = '', ax: plt.Axes | None = None) -> plt.Axes:
     "Value and interval of every group, methods side by side; attributes apart."
@@ -88,20 +92,25 @@ def plot_groups(table: pd.DataFrame, # attribute, group, method, mean, low, high
     methods = list(dict.fromkeys(table['method']))
     for k, (m, t) in enumerate(table.groupby('method', sort=False)):
         px = np.array([at[p] for p in zip(t['attribute'], t['group'])]) + .7 * ((k + .5) / len(methods) - .5)
-        ax.errorbar(px, t['mean'], np.clip([t['mean'] - t['low'], t['high'] - t['mean']], 0, None), fmt='o', ms=3, lw=1, color=_colour(m, k), label=m)
+        ax.errorbar(px, t['mean'], np.clip([t['mean'] - t['low'], t['high'] - t['mean']], 0, None), fmt='o', ms=3, lw=1,
+                    color=_colour(m, k), label=m)
     ax.set_xticks(list(at.values())); ax.set_xticklabels([g for _, g in at], rotation=40, ha='right', fontsize=7)
-    for a in dict.fromkeys(a for a, _ in pairs): ax.text(np.mean([v for (b, _), v in at.items() if b == a]), 1.02, a, transform=ax.get_xaxis_transform(), ha='center', fontsize=7, color='grey')
+    for a in dict.fromkeys(a for a, _ in pairs):
+        ax.text(np.mean([v for (b, _), v in at.items() if b == a]), 1.02, a, transform=ax.get_xaxis_transform(), ha='center', fontsize=7,
+                color='grey')
     ax.set_ylabel('AUROC', fontsize=8); ax.set_title(title, fontsize=9, pad=16); ax.tick_params(axis='y', labelsize=7)
     ax.legend(fontsize=6.5, frameon=False, ncol=len(methods), loc='upper center', bbox_to_anchor=(.5, -.42)); sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/study/96_study_figures.ipynb #f3da617d
-VERDICTS = {'right': sns.color_palette('colorblind')[2], 'wrong': sns.color_palette('colorblind')[3], 'none': (.35, .35, .35), 'missed': sns.color_palette('colorblind')[1]}
+VERDICTS = {'right': sns.color_palette('colorblind')[2], 'wrong': sns.color_palette('colorblind')[3], 'none': (.35, .35, .35),
+            'missed': sns.color_palette('colorblind')[1]}
 
 def judged_sentences(text: str, reference: str) -> tuple[list[tuple[str, str]], list[str]]:
     "([(sentence, 'right', 'wrong' or 'none')], findings missed). A sentence with a wrong finding is wrong, whatever else it states."
     truth = {e for e, v in extract_entities(reference).items() if v == 1}
-    out, sentences = [], [s.strip() for s in re.split(r'(?<=[^\d\s]\.)\s+', text) if s.strip()]         # the number of a list item ends no sentence
+    # the number of a list item ends no sentence
+    out, sentences = [], [s.strip() for s in re.split(r'(?<=[^\d\s]\.)\s+', text) if s.strip()]
     for s in sentences:
         said = {e for e, v in extract_entities(s).items() if v == 1}
         out.append((s, 'none' if not said else 'right' if said <= truth else 'wrong'))
@@ -115,8 +124,10 @@ def _lines(parts: Sequence[tuple[str, str]], width: int = 52) -> list[tuple[str,
     return [(line, v) for s, v in parts for line in textwrap.wrap(s, width)]
 
 def _write(ax: plt.Axes, lines: Sequence[tuple[str, str]], room: float) -> None: # of `_lines`, inches of the axes' height
-    for k, (line, v) in enumerate(lines): ax.text(0, 1 - k * _LINE / room, line, color=VERDICTS[v], fontsize=6, va='top', transform=ax.transAxes)
+    for k, (line, v) in enumerate(lines):
+        ax.text(0, 1 - k * _LINE / room, line, color=VERDICTS[v], fontsize=6, va='top', transform=ax.transAxes)
 
+# %% ../../nbs/study/96_study_figures.ipynb #cb97c1ab
 def plot_reports(images: np.ndarray, # uint8 [K, S, S]
                  references: Sequence[str], written: dict[str, Sequence[str]], # method: K reports
                  title: str = '') -> plt.Figure:
@@ -126,13 +137,15 @@ def plot_reports(images: np.ndarray, # uint8 [K, S, S]
         judged = [judged_sentences(t[i], references[i]) for t in (references, *written.values())]
         cells.append([_lines(parts + ([('missed: ' + ', '.join(missed), 'missed')] if missed else [])) for parts, missed in judged])
     room = [max(1.3, _LINE * max(map(len, row))) for row in cells]
-    fig, axes = plt.subplots(n, 2 + len(written), figsize=(1.6 + 2.6 * (1 + len(written)), sum(room) + .18 * n + .75), squeeze=False, layout='constrained', gridspec_kw={'width_ratios': [.6] + [1.15] * (1 + len(written)), 'height_ratios': room})
+    fig, axes = plt.subplots(n, 2 + len(written), figsize=(1.6 + 2.6 * (1 + len(written)), sum(room) + .18 * n + .75), squeeze=False,
+                             layout='constrained', gridspec_kw={'width_ratios': [.6] + [1.15] * (1 + len(written)), 'height_ratios': room})
     for i in range(n):
         show_picture(axes[i, 0], images[i]); axes[i, 0].set_anchor('N')
         for ax, lines, name in zip(axes[i, 1:], cells[i], ('reference', *written), strict=True):
             _write(ax, lines, room[i]); ax.axis('off')
             if i == 0: ax.set_title(name, fontsize=8, loc='left')
-    fig.legend(handles=[plt.Line2D([], [], color=c, lw=3, label={'none': 'no finding stated'}.get(k, k)) for k, c in VERDICTS.items()], loc='outside lower center', ncol=4, fontsize=7, frameon=False)
+    fig.legend(handles=[plt.Line2D([], [], color=c, lw=3, label={'none': 'no finding stated'}.get(k, k)) for k, c in VERDICTS.items()],
+               loc='outside lower center', ncol=4, fontsize=7, frameon=False)
     fig.suptitle(title, fontsize=9)
     return fig
 
@@ -158,12 +171,15 @@ class StudyFigures:
         for make in (self.forest, self.task_curves, self.ablations, self.robustness, self.subgroups, self.scaling, self.reports):
             if (fig := make()) is not None: yield fig
             else:
-                for kind in ('png', 'pdf'): (self.results/'figures'/f'{make.__name__}.{kind}').unlink(missing_ok=True)  # of a preset as it was before
+                # of a preset as it was before
+                for kind in ('png', 'pdf'): (self.results/'figures'/f'{make.__name__}.{kind}').unlink(missing_ok=True)
 
 # %% ../../nbs/study/96_study_figures.ipynb #f0c94a5d
 TASK_WORDS = {'classification': 'classification of findings', 'report_generation': 'written reports', 'localization': 'boxes of findings'}
-WORDS = {'zero_shot': 'zero-shot', 'ecls': 'entity classifier (ECLS)', 'pretrained': 'decoder as pre-trained', 'region_prompt_attention': 'region-prompt attention', 'attention': 'attention to patches', 'similarity': 'similarity to text',
-         'classification': 'answer chosen', 'generation': 'answer written', 'statement': 'a statement', 'seen': '"is seen"', 'ensemble': 'all texts together'}
+WORDS = {'zero_shot': 'zero-shot', 'ecls': 'entity classifier (ECLS)', 'pretrained': 'decoder as pre-trained',
+         'region_prompt_attention': 'region-prompt attention', 'attention': 'attention to patches', 'similarity': 'similarity to text',
+         'classification': 'answer chosen', 'generation': 'answer written', 'statement': 'a statement', 'seen': '"is seen"',
+         'ensemble': 'all texts together'}
 
 def _word(s: str) -> str: return WORDS.get(s, SHORT_NAMES.get(s, PROTOCOLS.get(s, s.replace('_', ' '))))
 
@@ -172,7 +188,8 @@ def _panels(t: pd.DataFrame) -> dict[str, pd.DataFrame]: # task, dataset, protoc
     out = {}
     for (task, d, m), g in t.groupby(['task', 'dataset', 'metric'], sort=False):
         head = ': '.join(x for x in (TASK_WORDS.get(task, _word(task)), _word(m)) if x)
-        if len(g) > 1 and not g['protocol'].duplicated().any(): out[f'{head} ({d})'] = g.assign(label=[f'{_word(q)}: {x}' for q, x in zip(g['protocol'], g['label'])])
+        if len(g) > 1 and not g['protocol'].duplicated().any():
+            out[f'{head} ({d})'] = g.assign(label=[f'{_word(q)}: {x}' for q, x in zip(g['protocol'], g['label'])])
         else: out |= {f'{head}, {_word(q)} ({d})': f for q, f in g.groupby('protocol', sort=False)}
     return out
 
@@ -202,12 +219,14 @@ def _forests(panels: dict[str, pd.DataFrame], xlabel: str = 'gk minus the other'
 def forest(self: StudyFigures) -> plt.Figure | None:
     "gk minus its references in classification and the other tasks, one panel per task, metric and protocol."
     main, tasks = self.table('comparisons'), self.table('task_comparisons')
-    t = pd.concat([f.assign(metric=f['metric'] if 'metric' in f else 'auroc') for f in (main, tasks) if len(f)], ignore_index=True) if len(main) or len(tasks) else main
+    t = (pd.concat([f.assign(metric=f['metric'] if 'metric' in f else 'auroc') for f in (main, tasks) if len(f)], ignore_index=True)
+         if len(main) or len(tasks) else main)
     t = t[t['method'] == 'gk'] if len(t) else t
     if not len(t): return None
     several = t.groupby(['task', 'dataset', 'protocol', 'metric'])['ratio'].transform('nunique') > 1
     t = t.assign(label=[r.reference + (f', {r.ratio:g} % of labels' if s else '') for r, s in zip(t.itertuples(), several)])
-    jobs = [f'classification/{p.name}' for p in sorted((self.runs/'classification').glob('*')) if p.name.split('-r')[0].split('-', 1)[-1] in self.p.methods]
+    jobs = [f'classification/{p.name}'
+            for p in sorted((self.runs/'classification').glob('*')) if p.name.split('-r')[0].split('-', 1)[-1] in self.p.methods]
     return self.save(_forests(_panels(t)), 'forest', [*jobs, *task_jobs(self.p)])
 
 @patch
@@ -215,9 +234,12 @@ def ablations(self: StudyFigures) -> plt.Figure | None:
     "gk minus each ablation, prompt mode and other objective, in the headline metrics and in zero-shot scores."
     t = self.table('ablation')
     if not len(t): return None
-    t = t[t['difference'].notna() & ((t['protocol'] != 'linear_probe') | (t['ratio'] == max(self.p.ratios))) & t['metric'].isin(['auroc', 'grounding_auroc', 'pointing', 'clinical_f1']) & (t['protocol'] != 'similarity')]
+    t = t[t['difference'].notna() & ((t['protocol'] != 'linear_probe')
+                                     | (t['ratio'] == max(self.p.ratios))) & t['metric'].isin(['auroc', 'grounding_auroc', 'pointing',
+                                         'clinical_f1']) & (t['protocol'] != 'similarity')]
     if not len(t): return None
-    t = t.assign(task='', label=t['method'], difference=-t['difference'], low=-t['difference_high'], high=-t['difference_low'])     # the table has each ablation minus gk
+    # the table has each ablation minus gk
+    t = t.assign(task='', label=t['method'], difference=-t['difference'], low=-t['difference_high'], high=-t['difference_low'])
     return self.save(_forests(_panels(t)), 'ablations', t['runs'])
 
 # %% ../../nbs/study/96_study_figures.ipynb #2ffee947
@@ -228,9 +250,11 @@ def seeds_phrase(g: pd.DataFrame) -> str: # method, seeds
     return say(*next(iter(each.values()))) if len(set(each.values())) == 1 else '; '.join(f'{m} {say(*v)}' for m, v in each.items())
 
 @patch
-def _curves(self: StudyFigures, t: pd.DataFrame, name: str, x: str = 'level', labels: dict | None = None, # {factor or (factor, column): name of the axis}
+# {factor or (factor, column): name of the axis}
+def _curves(self: StudyFigures, t: pd.DataFrame, name: str, x: str = 'level', labels: dict | None = None,
             log: bool = False) -> plt.Figure | None:
-    "Panels per (data set, factor) of AUROC of linear probes with all labels. Rows without a level compare two levels: the tables have them."
+    """Panels per (data set, factor) of AUROC of linear probes with all labels. Rows without a level compare two levels: the tables have
+    them."""
     if not len(t): return None
     t = t[(t['metric'] == 'auroc') & (t['protocol'] == 'linear_probe') & (t['ratio'] == max(self.p.ratios)) & t['level'].notna()]
     panels = list(t.groupby(['dataset', 'factor'], sort=False))
@@ -246,17 +270,22 @@ def _curves(self: StudyFigures, t: pd.DataFrame, name: str, x: str = 'level', la
     fig.tight_layout()
     return self.save(fig, name, t['runs'])
 
+# %% ../../nbs/study/96_study_figures.ipynb #6526125a
 @patch
 def robustness(self: StudyFigures) -> plt.Figure | None:
     "AUROC against the level of each disturbance."
-    return self._curves(self.table('robustness'), 'robustness', labels={'jitter': 'standard deviation of box edges (box sides)', 'drop': 'share of regions lost', 'swap': 'share of regions swapped', 'boilerplate': 'chance of each empty sentence'})
+    return self._curves(self.table('robustness'), 'robustness',
+                        labels={'jitter': 'standard deviation of box edges (box sides)', 'drop': 'share of regions lost',
+                                'swap': 'share of regions swapped', 'boilerplate': 'chance of each empty sentence'})
 
 @patch
 def scaling(self: StudyFigures) -> plt.Figure | None:
     "AUROC against pre-training studies and model size, on logarithmic axes."
     t = self.table('scaling')
     return self._curves(t, 'scaling', x='', log=True,
-                        labels={('studies', 'pretrain_studies'): 'pre-training studies', ('studies', 'level'): 'pre-training studies (% of all)', ('size', 'weights'): 'trained weights', ('size', 'level'): 'model width (dim)'})
+                        labels={('studies', 'pretrain_studies'): 'pre-training studies',
+                                ('studies', 'level'): 'pre-training studies (% of all)', ('size', 'weights'): 'trained weights',
+                                ('size', 'level'): 'model width (dim)'})
 
 @patch
 def subgroups(self: StudyFigures) -> plt.Figure | None:
@@ -266,22 +295,26 @@ def subgroups(self: StudyFigures) -> plt.Figure | None:
     t = t[(t['metric'] == 'auroc') & ~t['group'].isin(['gap', 'worst'])]
     t = t.assign(method=[r.method if pd.isna(r.factor) else f'{r.method}, trained on {r.level:.0%} {r.factor}' for r in t.itertuples()])
     sets = list(t.groupby('dataset', sort=False))
-    fig, axes = plt.subplots(len(sets), 1, figsize=(max(6., .62 * t.groupby('dataset').apply(lambda g: len(g[['attribute', 'group']].drop_duplicates()), include_groups=False).max()), 3.6 * len(sets)), squeeze=False)
+    fig, axes = plt.subplots(len(sets), 1, figsize=(max(6., .62 * t.groupby('dataset').apply(lambda g: len(g[['attribute',
+        'group']].drop_duplicates()), include_groups=False).max()), 3.6 * len(sets)), squeeze=False)
     for ax, (d, g) in zip(axes[:, 0], sets, strict=True): plot_groups(g, f'{d}: linear probe, {max(self.p.ratios):g} % of labels', ax)
     fig.tight_layout()
     return self.save(fig, 'subgroups', t['runs'])
 
 # %% ../../nbs/study/96_study_figures.ipynb #c68cfd23
-BASELINE_OF = {'localization': 'constant', 'report_generation': 'nearest_neighbour', 'vqa': 'question_only'} # what each task reaches without pre-training, at its best
+# what each task reaches without pre-training, at its best
+BASELINE_OF = {'localization': 'constant', 'report_generation': 'nearest_neighbour', 'vqa': 'question_only'}
 
 @patch
 def task_curves(self: StudyFigures) -> plt.Figure | None:
-    "Headline metrics of the tasks that train against the share of labels, one panel per data set, metric and protocol. Dashed: the task's baseline."
+    """Headline metrics of the tasks that train against the share of labels, one panel per data set, metric and protocol. Dashed: the
+    task's baseline."""
     panels, used, methods = {}, [], self.p.task_methods or self.p.methods
     for task, baseline in BASELINE_OF.items():
         t = self.table(task) if task in self.p.tasks else pd.DataFrame()
         if not len(t) or t['ratio'].nunique() < 2: continue
-        for (d, m, p), g in t[t['method'].isin(methods) & t['metric'].isin(HEADLINE[task])].groupby(['dataset', 'metric', 'protocol'], sort=False):
+        for (d, m, p), g in t[t['method'].isin(methods) & t['metric'].isin(HEADLINE[task])].groupby(['dataset', 'metric', 'protocol'],
+                sort=False):
             b = t[(t['dataset'] == d) & (t['metric'] == m) & (t['method'] == baseline)]
             panels[f'{d}: {TASK_WORDS.get(task, _word(task))}\n{_word(p)}, {int(g["seeds"].min())} seed(s)', task, m] = g, b
             used += [*g['runs'], *b['runs']]
@@ -302,11 +335,13 @@ def task_curves(self: StudyFigures) -> plt.Figure | None:
 # %% ../../nbs/study/96_study_figures.ipynb #49d6f655
 @patch
 def reports(self: StudyFigures, n: int = 4) -> plt.Figure | None:
-    "The first test studies with findings: picture, reference and the fine-tuned reports of each method (first seed). Not for credentialed data."
+    """The first test studies with findings: picture, reference and the fine-tuned reports of each method (first seed). Not for
+    credentialed data."""
     jobs = [j for j in task_jobs(self.p) if j.startswith('report_generation/') and j.endswith(f'-s{self.p.seeds[0]}') and '-r100-' in j]
     if self.p.credentialed or not jobs: return None
     dataset = self.p.tasks['report_generation'][0]
-    f = pd.concat([pd.read_parquet(self.runs/j/'predictions.parquet') for j in jobs if j.startswith(f'report_generation/{dataset}-')], ignore_index=True)
+    f = pd.concat([pd.read_parquet(self.runs/j/'predictions.parquet') for j in jobs if j.startswith(f'report_generation/{dataset}-')],
+                  ignore_index=True)
     f = f[f['protocol'].isin(['finetune', 'baseline'])]
     names = [m for m in ('nearest_neighbour', 'scratch', 'itc_itm_lm', 'gk') if m in set(f['method'])]
     wide = f[f['method'].isin(names)].pivot(index='study_id', columns='method', values='candidate')
@@ -314,5 +349,6 @@ def reports(self: StudyFigures, n: int = 4) -> plt.Figure | None:
     rich = reference[stated_entities(reference.tolist()).sum(1) >= 1].index[:n]
     studies = {s.study_id: s for s in load_studies({'data': self.p.data}, dataset, self.data)[0]}
     images = load_pictures([studies[i] for i in rich], self.p.model['image_size'])[0]
-    fig = plot_reports(images, reference[rich].tolist(), {m: wide.loc[rich, m].tolist() for m in names}, f'{dataset}: first test studies with a finding, seed {self.p.seeds[0]}')
+    fig = plot_reports(images, reference[rich].tolist(), {m: wide.loc[rich, m].tolist() for m in names},
+                       f'{dataset}: first test studies with a finding, seed {self.p.seeds[0]}')
     return self.save(fig, 'reports', jobs)

@@ -21,7 +21,8 @@ import pandas as pd
 from ..config import Preset
 from ..evaluation.metrics import UndefinedMetric
 from ..evaluation.relations import RELATION_METRICS, relation_metrics
-from ..evaluation.statistics import bootstrap_p, class_thresholds, holm, macro_weighted, patient_weights, percentile_interval, seed_interval, seed_mean, table_draws, with_whole
+from ..evaluation.statistics import (bootstrap_p, class_thresholds, holm, macro_weighted, patient_weights, percentile_interval,
+                                           seed_interval, seed_mean, table_draws, with_whole)
 from ..evaluation.subgroups import AGE_BANDS, ATTRIBUTES, frequency_masks, gap_and_worst, group_values, patient_masks, size_masks
 from ..evaluation.text import report_metrics
 from ..paths import GKError, read_text
@@ -53,7 +54,8 @@ def number(x) -> float | None: "None for NaN, so that equal keys are equal."; re
 
 def _row(v: Values, task: str, share: bool = True # False: a difference, which can be below 0
          ) -> dict:
-    out = {'task': task, 'dataset': v.dataset, 'method': v.method, 'ratio': v.ratio, 'metric': v.metric, 'mean': np.nan, 'low': np.nan, 'high': np.nan, 'seeds': len(v.seeds), 'n': v.n,
+    out = {'task': task, 'dataset': v.dataset, 'method': v.method, 'ratio': v.ratio, 'metric': v.metric, 'mean': np.nan, 'low': np.nan,
+           'high': np.nan, 'seeds': len(v.seeds), 'n': v.n,
            'protocol': v.protocol, 'factor': v.factor, 'level': v.level, 'n_patients': v.n_patients}
     try:
         out['mean'], boot = seed_mean(v.values)
@@ -63,8 +65,11 @@ def _row(v: Values, task: str, share: bool = True # False: a difference, which c
 
 # %% ../../nbs/study/95_study_tables.ipynb #b721eeaf
 def difference(a: Values, b: Values, test: bool = True) -> dict:
-    "a - b over the seeds both have, on the same resamples: difference with its interval, the reference's mean over these seeds and, for a headline, p; {} where one has no value."
-    if a.dataset != b.dataset or a.n != b.n: raise GKError(f'{a.method} and {b.method}: other test data ({a.n} and {b.n} items)', 'Delete runs of older data and call make paper again.')
+    """a - b over the seeds both have, on the same resamples: difference with its interval, the reference's mean over these seeds and,
+    for a headline, p; {} where one has no value."""
+    if a.dataset != b.dataset or a.n != b.n:
+        raise GKError(f'{a.method} and {b.method}: other test data ({a.n} and {b.n} items)',
+                      'Delete runs of older data and call make paper again.')
     seeds = [s for s in a.seeds if s in b.seeds]
     if not seeds: raise GKError(f'{a.method} and {b.method} share no seed', 'Give a sweep seeds of the preset.')
     a, b = a.at(seeds), b.at(seeds)
@@ -73,7 +78,8 @@ def difference(a: Values, b: Values, test: bool = True) -> dict:
         value, boot = seed_mean(a.values[:, :size] - b.values[:, :size])
         low, high = percentile_interval(boot, f'{a.method} - {b.method}')
     except UndefinedMetric: return {}
-    return {'reference': b.method, 'reference_mean': float(b.values[:, 0].mean()), 'difference': value, 'difference_low': low, 'difference_high': high} | ({'p': bootstrap_p(boot)} if test else {})
+    return {'reference': b.method, 'reference_mean': float(b.values[:, 0].mean()), 'difference': value, 'difference_low': low,
+            'difference_high': high} | ({'p': bootstrap_p(boot)} if test else {})
 
 def corrected(rows: Iterable[dict]) -> pd.DataFrame:
     "The table with p_holm over all its tests, and a verdict where it is below .05; empty without rows."
@@ -107,18 +113,23 @@ def load_probe_cells(folders: Sequence[Path], base: Path) -> list[ProbeCell]:
         s = json.loads(read_text(r/'config.json'))['settings']
         f = pd.read_parquet(r/'predictions.parquet').astype({k: object for k in ('method', 'protocol', 'factor', 'split', 'label')})
         val = {k: _wide(g) for k, g in f[f['split'] == 'val'].groupby(['method', 'protocol', 'ratio'], sort=False)}
-        for (m, p, q, factor, level), g in f[f['split'] == 'test'].groupby(['method', 'protocol', 'ratio', 'factor', 'level'], sort=False, dropna=False):
+        for (m, p, q, factor, level), g in f[f['split'] == 'test'].groupby(['method', 'protocol', 'ratio', 'factor', 'level'], sort=False,
+                dropna=False):
             y, score = _wide(g)
             who = g.drop_duplicates('study_id').set_index('study_id')['subject_id'].loc[y.index]
             cut = class_thresholds(*(v.to_numpy(float) for v in val[m, p, q]))
-            parts.setdefault((s['dataset'], m, p, float(q), factor, number(level)), []).append((s['seed'], str(r.relative_to(base)), y, score, who, cut))
+            parts.setdefault((s['dataset'], m, p, float(q), factor, number(level)),
+                             []).append((s['seed'], str(r.relative_to(base)), y, score, who, cut))
     return [_probe_cell(k, sorted(v, key=lambda x: x[0])) for k, v in parts.items()]
 
 def _probe_cell(key: tuple, v: list) -> ProbeCell:
     first, (dataset, method, protocol, ratio, factor, level) = v[0][2], key
     for _, run, y, *_ in v:
-        if not y.index.equals(first.index) or not np.array_equal(y, first, equal_nan=True): raise GKError(f'{run}: its test studies or labels differ from those of another seed', 'Delete runs of older data and call make paper again.')
-    return ProbeCell(dataset, method, protocol, ratio, first.to_numpy(float), np.stack([x[3].to_numpy(float) for x in v]), v[0][4].to_numpy(), tuple(x[0] for x in v), tuple(x[1] for x in v), {},
+        if not y.index.equals(first.index) or not np.array_equal(y, first, equal_nan=True):
+            raise GKError(f'{run}: its test studies or labels differ from those of another seed',
+                          'Delete runs of older data and call make paper again.')
+    return ProbeCell(dataset, method, protocol, ratio, first.to_numpy(float), np.stack([x[3].to_numpy(float) for x in v]),
+                     v[0][4].to_numpy(), tuple(x[0] for x in v), tuple(x[1] for x in v), {},
                      np.stack([x[5] for x in v]), tuple(first.columns), tuple(first.index), factor=factor, level=level)
 
 # %% ../../nbs/study/95_study_tables.ipynb #0b9f3d63
@@ -127,12 +138,14 @@ def probe_values(cells: Sequence[ProbeCell], n_boot: int = 1000) -> list[Values]
     out = []
     for c in cells:
         w = study_weights(tuple(c.patients), n_boot)
-        out.append(Values(c.dataset, c.method, c.protocol, c.ratio if c.protocol in ('linear_probe', 'finetune') else None, c.factor, c.level, 'auroc', np.stack([macro_weighted('auroc', c.y, s, w)[0] for s in c.scores]),
+        out.append(Values(c.dataset, c.method, c.protocol, c.ratio if c.protocol in ('linear_probe', 'finetune') else None, c.factor,
+                          c.level, 'auroc', np.stack([macro_weighted('auroc', c.y, s, w)[0] for s in c.scores]),
                           c.seeds, c.runs, len(c.y), len(set(c.patients))))
     return out
 
 # %% ../../nbs/study/95_study_tables.ipynb #f1a86800
-SOURCES = {'attention': '', 'shuffled_prompts': 'shuffled_prompts', 'null_prompt': 'null_prompts'}     # scores of relations.parquet, and whose row they are
+# scores of relations.parquet, and whose row they are
+SOURCES = {'attention': '', 'shuffled_prompts': 'shuffled_prompts', 'null_prompt': 'null_prompts'}
 MAP_ROWS = {'attention_null': 'null_prompts', 'attention_shuffled': 'shuffled_prompts'}
 
 def _relations(f: pd.DataFrame, method: str, n_boot: int) -> Iterable[tuple]:
@@ -151,12 +164,14 @@ def _maps(f: pd.DataFrame, n_boot: int) -> Iterable[tuple]:
         name, protocol = (f'{m}-{MAP_ROWS[p]}', 'attention') if p in MAP_ROWS else (m, p)
         yield name, protocol, task_values('maps', g, n_boot), len(test), test['subject_id'].nunique()
 
+# %% ../../nbs/study/95_study_tables.ipynb #aea0cffd
 def _reports(f: pd.DataFrame, n_boot: int) -> Iterable[tuple]:
     v = report_metrics(f, with_whole(patient_weights(f['subject_id'], n_boot)), meteor=False)
     yield f['method'].iloc[0], 'pretrained', {k: v[k] for k in ('clinical_f1', 'bleu_4')}, len(f), f['subject_id'].nunique()
 
 def _prompts(r: Path, method: str, top_k: int, n_boot: int) -> Iterable[tuple]:
-    "Share of the entities that reports state among the `top_k` that the model chooses as prompts, beside the most frequent ones of the training split."
+    """Share of the entities that reports state among the `top_k` that the model chooses as prompts, beside the most frequent ones of the
+    training split."""
     f = pd.read_parquet(r/'predictions.parquet')
     f = f[(f['protocol'] == 'ecls') & (f['split'] == 'test')].astype({'label': object})
     rate = pd.read_parquet(r/'prevalence.parquet').set_index('label')['prevalence']
@@ -169,27 +184,37 @@ def _prompts(r: Path, method: str, top_k: int, n_boot: int) -> Iterable[tuple]:
         chosen = np.zeros_like(stated)
         np.put_along_axis(chosen, np.argsort(-s, 1, kind='stable')[:, :top_k], True, 1)
         total = w @ stated.sum(1)
-        yield name, 'prompts', {'prompt_recall': np.divide(w @ (stated & chosen).sum(1), total, out=np.full(len(w), np.nan), where=total > 0)}, len(y), who.nunique()
+        yield name, 'prompts', {'prompt_recall': np.divide(w @ (stated & chosen).sum(1), total, out=np.full(len(w), np.nan),
+                                                           where=total > 0)}, len(y), who.nunique()
 
+# %% ../../nbs/study/95_study_tables.ipynb #f32a5c21
 def file_values(folders: Sequence[Path], base: Path, n_boot: int = 1000) -> list[Values]:
     "Grounding of relations and maps, whether the right prompts are chosen, and the reports of the decoder as pre-trained."
     parts: dict[tuple, list] = {}
     for r in folders:
         s = json.loads(read_text(r/'config.json'))['settings']
         read = {k: pd.read_parquet(r/f'{k}.parquet') for k in ('relations', 'maps', 'reports') if (r/f'{k}.parquet').is_file()}
-        found = [*(_relations(read['relations'], s['method'], n_boot) if 'relations' in read else ()), *(_maps(read['maps'], n_boot) if 'maps' in read else ()), *(_reports(read['reports'], n_boot) if 'reports' in read else ()), *_prompts(r, s['method'], s['model'].get('top_k', 4), n_boot)]
+        found = [*(_relations(read['relations'], s['method'], n_boot) if 'relations' in read else ()),
+                 *(_maps(read['maps'], n_boot) if 'maps' in read else ()),
+                 *(_reports(read['reports'], n_boot) if 'reports' in read else ()),
+                 *_prompts(r, s['method'], s['model'].get('top_k', 4), n_boot)]
         for name, protocol, values, n, patients in found:
-            for metric, v in values.items(): parts.setdefault((s['dataset'], name, protocol, None, '', None, metric), {})[s['seed']] = (str(r.relative_to(base)), v, n, patients)
+            for metric, v in values.items():
+                parts.setdefault((s['dataset'], name, protocol, None, '', None, metric), {})[s['seed']] = (str(r.relative_to(base)), v, n,
+                    patients)
     out = []
     for key, by_seed in parts.items():
         runs, v, n, patients = zip(*(by_seed[k] for k in sorted(by_seed)), strict=True)
-        if len(set(n)) > 1: raise GKError(f'{key[1]}, {key[-1]}: seeds have other test data ({sorted(set(n))} items)', 'Delete runs of older data and call make paper again.')
+        if len(set(n)) > 1:
+            raise GKError(f'{key[1]}, {key[-1]}: seeds have other test data ({sorted(set(n))} items)',
+                          'Delete runs of older data and call make paper again.')
         out.append(Values(*key, np.stack(v), tuple(sorted(by_seed)), runs, n[0], patients[0]))
     return out
 
 # %% ../../nbs/study/95_study_tables.ipynb #6c7bd112
 ORACLE_NOTE = 'upper bound: reads the study\'s own report'
-NOTES = {'gk-oracle_prompts': ORACLE_NOTE, 'gk-oracle': 'trained with prompts of the study\'s own report (leak)', 'gk-true_boxes': 'upper bound: annotated regions, in training and at test'}
+NOTES = {'gk-oracle_prompts': ORACLE_NOTE, 'gk-oracle': 'trained with prompts of the study\'s own report (leak)',
+         'gk-true_boxes': 'upper bound: annotated regions, in training and at test'}
 MODES = ('image_only', 'roi_pool', 'null_prompts', 'all_prompts', 'oracle_prompts', 'shuffled_prompts')
 
 def _index(values: Iterable[Values]) -> dict[tuple, Values]: return {v.key: v for v in values}
@@ -201,7 +226,8 @@ def ablation_table(values: Sequence[Values], p: Preset, losses: dict[str, list[d
     known = {m: k for k, m in enumerate([method, *named, *(f'{method}-{m}' for m in MODES), *(m for m in p.methods if m != method)])}
     at, rows = _index(values), []
     metrics = ('auroc', 'grounding_auroc', 'grounding_pointing', 'pointing', 'cnr', 'clinical_f1', 'bleu_4')
-    for v in sorted((v for v in values if v.method in known and not v.factor and v.metric in metrics), key=lambda v: (v.metric, v.protocol, v.ratio or 0, known[v.method])):
+    for v in sorted((v for v in values if v.method in known and not v.factor and v.metric in metrics),
+                    key=lambda v: (v.metric, v.protocol, v.ratio or 0, known[v.method])):
         ref = at.get((v.dataset, method, *v.key[2:]))
         headline = v.metric == 'grounding_auroc' or (v.metric == 'auroc' and v.protocol == 'linear_probe' and v.ratio == max(p.ratios))
         extra = difference(v, ref, headline) if ref is not None and v.method != method else {}
@@ -209,6 +235,7 @@ def ablation_table(values: Sequence[Values], p: Preset, losses: dict[str, list[d
     rows += [r | {'note': r['note'] + NOTES.get(r['method'], '')} for m in known for r in (losses or {}).get(m, [])]
     return corrected(rows)
 
+# %% ../../nbs/study/95_study_tables.ipynb #492f5b5c
 def pretrain_losses(folder: Path, p: Preset, methods: Sequence[str]) -> dict[str, list[dict]]:
     "Best validation losses of pre-trainings with their spread over seeds (Student; none for one seed): did each variant learn?"
     out = {}
@@ -221,23 +248,32 @@ def pretrain_losses(folder: Path, p: Preset, methods: Sequence[str]) -> dict[str
             v = [f[f'{k}_end'] for f in found if f'{k}_end' in f]
             if len(v) != len(runs): continue
             i = seed_interval(v) if len(v) > 1 else None
-            out.setdefault(m, []).append({'task': 'ablation', 'dataset': p.pretrain_dataset, 'method': m, 'ratio': None, 'metric': f'val_{k}', 'mean': float(np.mean(v)), 'low': i.low if i else np.nan, 'high': i.high if i else np.nan,
-                                          'seeds': len(v), 'n': int(found[0]['n_val']), 'protocol': 'pretrain', 'factor': '', 'level': None, 'n_patients': np.nan, 'note': '', 'runs': ' '.join(f'pretrain/{r.name}' for r in runs)})
+            out.setdefault(m, []).append({'task': 'ablation', 'dataset': p.pretrain_dataset, 'method': m, 'ratio': None,
+                                          'metric': f'val_{k}', 'mean': float(np.mean(v)), 'low': i.low if i else np.nan,
+                                          'high': i.high if i else np.nan,
+                                          'seeds': len(v), 'n': int(found[0]['n_val']), 'protocol': 'pretrain', 'factor': '', 'level': None,
+                                          'n_patients': np.nan, 'note': '', 'runs': ' '.join(f'pretrain/{r.name}' for r in runs)})
     return out
 
 # %% ../../nbs/study/95_study_tables.ipynb #b2899931
-GROUNDING = {'prompt_recall': True, 'grounding_auroc': True, 'grounding_auroc_pooled': False, 'grounding_pointing': True, 'pointing': True, 'cnr': True, 'iou': False, 'dice': False} # metric: is it tested?
+# metric: is it tested?
+GROUNDING = {'prompt_recall': True, 'grounding_auroc': True, 'grounding_auroc_pooled': False, 'grounding_pointing': True, 'pointing': True,
+             'cnr': True, 'iou': False, 'dice': False}
 
 def grounding_table(values: Sequence[Values], p: Preset, method: str = 'gk') -> pd.DataFrame:
     "Region-prompt attention and patch maps of the method and its controls; ablations and other methods in rows below, untested."
     skip = {m for m, v in variants(p).items() if v.table != 'ablation'}
-    maps, controls, rows = ('pointing', 'cnr', 'iou', 'dice'), {f'{method}-null_prompts', f'{method}-shuffled_prompts', 'uniform', 'centre', 'train_prior', 'most_frequent'}, []
+    maps, controls, rows = (('pointing', 'cnr', 'iou', 'dice'),
+                            {f'{method}-null_prompts', f'{method}-shuffled_prompts', 'uniform', 'centre', 'train_prior', 'most_frequent'},
+                            [])
     at = _index(values)
-    for v in sorted((v for v in values if v.metric in GROUNDING and v.method not in skip), key=lambda v: (list(GROUNDING).index(v.metric), v.method != method, v.method not in controls, v.method, v.protocol)):
+    for v in sorted((v for v in values if v.metric in GROUNDING and v.method not in skip),
+                    key=lambda v: (list(GROUNDING).index(v.metric), v.method != method, v.method not in controls, v.method, v.protocol)):
         own = 'attention' if v.metric in maps else 'prompts' if v.metric == 'prompt_recall' else 'region_prompt_attention'
         ref = at.get((v.dataset, method, own, *v.key[3:]))
         control = v.method in controls or (v.method == method and v.protocol != own)
-        rows.append(_row(v, 'grounding') | (difference(v, ref, GROUNDING[v.metric] and control) if ref is not None and (v.method, v.protocol) != (method, own) else {}))
+        rows.append(_row(v, 'grounding') | (difference(v, ref, GROUNDING[v.metric] and control) if ref is not None
+                                            and (v.method, v.protocol) != (method, own) else {}))
     return corrected(rows)
 
 # %% ../../nbs/study/95_study_tables.ipynb #32557ba0
@@ -251,7 +287,8 @@ def _swept(values: Sequence[Values], p: Preset, table: str) -> list[Values]:
     return out
 
 def growth(values: Sequence[Values], p: Preset, table: str, reference: str = 'itc_itm_lm', method: str = 'gk') -> list[dict]:
-    "For each sweep where both were swept: how much larger the method's gain over the reference is at the highest level than at the lowest, over the same patients and seeds."
+    """For each sweep where both were swept: how much larger the method's gain over the reference is at the highest level than at the
+    lowest, over the same patients and seeds."""
     at, rows, top = _index(_swept(values, p, table)), [], max(p.ratios)
     for d, factor in dict.fromkeys((v.dataset, v.factor) for v in at.values()):
         levels = sorted({v.level for v in at.values() if v.factor == factor and v.dataset == d})
@@ -259,10 +296,13 @@ def growth(values: Sequence[Values], p: Preset, table: str, reference: str = 'it
         if len(levels) < 2 or None in sum(ends, []): continue
         seeds = [s for s in ends[0][0].seeds if all(s in v.seeds for v in sum(ends, []))]
         if not seeds or len({v.n for v in sum(ends, [])}) > 1: continue
-        low, high = (replace(a, values=a.at(seeds).values - b.at(seeds).values, seeds=tuple(seeds), runs=(*a.at(seeds).runs, *b.at(seeds).runs), method=f'{method} - {reference}') for a, b in ends)
-        rows.append(_row(replace(high, factor=f'{factor}, highest against lowest', level=None), table, share=False) | difference(high, low) | {'reference': f'the same at {levels[0]:g}', 'note': f'growth of the gain from {levels[0]:g} to {levels[-1]:g}'})
+        low, high = (replace(a, values=a.at(seeds).values - b.at(seeds).values, seeds=tuple(seeds),
+                             runs=(*a.at(seeds).runs, *b.at(seeds).runs), method=f'{method} - {reference}') for a, b in ends)
+        rows.append(_row(replace(high, factor=f'{factor}, highest against lowest', level=None), table, share=False) | difference(high, low)
+                    | {'reference': f'the same at {levels[0]:g}', 'note': f'growth of the gain from {levels[0]:g} to {levels[-1]:g}'})
     return rows
 
+# %% ../../nbs/study/95_study_tables.ipynb #a2d59005
 def sweep_rows(values: Sequence[Values], p: Preset, table: str, reference: str = 'itc_itm_lm', method: str = 'gk') -> list[dict]:
     "Rows of a table's sweeps; at each level the method minus the reference, where both were swept."
     swept = _swept(values, p, table); at, rows = _index(swept), []
@@ -277,11 +317,13 @@ def robustness_table(values: Sequence[Values], p: Preset, method: str = 'gk') ->
     "Detector noise (level 0 = none) and the sweeps of this table."
     at, rows, top = _index(values), [], max(p.ratios)
     noisy = [v for v in values if v.factor and v.metric == 'auroc']
-    clean = [replace(at[b], factor=f, level=0.) for f, b in dict.fromkeys((v.factor, (v.dataset, v.method, v.protocol, v.ratio, '', None, v.metric)) for v in noisy)]
+    clean = [replace(at[b], factor=f, level=0.)
+             for f, b in dict.fromkeys((v.factor, (v.dataset, v.method, v.protocol, v.ratio, '', None, v.metric)) for v in noisy)]
     for v in sorted([*noisy, *clean], key=lambda v: (v.dataset, v.factor, v.method, v.level)):
         base = v.method.split('-')[0]
         ref = at.get((v.dataset, f'{base}-image_only', v.protocol, top, '', None, 'auroc'))
-        test = v.method == method and v.factor in ('jitter', 'drop') and (v.level > 0 or v.factor == 'drop')   # the clean row once; a swap cannot matter to what pools over regions
+        # the clean row once; a swap cannot matter to what pools over regions
+        test = v.method == method and v.factor in ('jitter', 'drop') and (v.level > 0 or v.factor == 'drop')
         rows.append(_row(v, 'robustness') | (difference(v, ref, test) if ref is not None else {}))
     return corrected([*rows, *sweep_rows(values, p, 'robustness'), *growth(values, p, 'robustness')])
 
@@ -289,7 +331,8 @@ def robustness_table(values: Sequence[Values], p: Preset, method: str = 'gk') ->
 def scaling_table(values: Sequence[Values], p: Preset, sizes: dict[str, dict]) -> pd.DataFrame: # of `pretrain_sizes`
     "The sweeps of this table, with the number of pre-training studies and of weights at each level."
     rows, names = [], {(v.base, v.factor, v.level): m for m, v in variants(p).items()}
-    for r in sweep_rows(values, p, 'scaling'): rows.append(r | sizes.get(names.get((r['method'], r['factor'], r['level']), r['method']), {}))
+    for r in sweep_rows(values, p, 'scaling'):
+        rows.append(r | sizes.get(names.get((r['method'], r['factor'], r['level']), r['method']), {}))
     return corrected([*rows, *growth(values, p, 'scaling')])
 
 def pretrain_sizes(folder: Path, methods: Sequence[str]) -> dict[str, dict]:
@@ -301,13 +344,19 @@ def pretrain_sizes(folder: Path, methods: Sequence[str]) -> dict[str, dict]:
     return out
 
 # %% ../../nbs/study/95_study_tables.ipynb #9fcab5fb
-def truth_masks(cell: Cell, groups: pd.DataFrame, areas: pd.DataFrame, prevalence: np.ndarray, ids: Sequence[str], least: int = 5) -> dict[str, tuple[dict, np.ndarray]]:
-    "{attribute: (masks, classes)} of `gk_mvlp.evaluation.subgroups` for a cell's test studies; attributes with fewer than two groups are absent."
-    if cell.ids and list(cell.ids) != list(ids): raise GKError(f'{cell.runs[0]}: its test studies are not those of the probing run that says who is in which group', 'Delete runs of older data and call make paper again.')
+def truth_masks(cell: Cell, groups: pd.DataFrame, areas: pd.DataFrame, prevalence: np.ndarray, ids: Sequence[str],
+                least: int = 5) -> dict[str, tuple[dict, np.ndarray]]:
+    """{attribute: (masks, classes)} of `gk_mvlp.evaluation.subgroups` for a cell's test studies; attributes with fewer than two groups
+    are absent."""
+    if cell.ids and list(cell.ids) != list(ids):
+        raise GKError(f'{cell.runs[0]}: its test studies are not those of the probing run that says who is in which group',
+                      'Delete runs of older data and call make paper again.')
     g = groups.set_index('study_id').loc[list(ids)]
     area = areas.pivot(index='study_id', columns='label', values='area').reindex(index=list(ids), columns=list(cell.labels)).to_numpy(float)
     median = areas[areas['split'] == 'train'].groupby('label')['area'].median().reindex(list(cell.labels)).to_numpy(float)
-    out = {a: patient_masks(cell.y, g[a], least) for a in ATTRIBUTES} | {'frequency of the finding': frequency_masks(cell.y, prevalence, least), 'size of the finding': size_masks(cell.y, area, median, least)}
+    out = ({a: patient_masks(cell.y, g[a], least) for a in ATTRIBUTES}
+           | {'frequency of the finding': frequency_masks(cell.y, prevalence, least),
+              'size of the finding': size_masks(cell.y, area, median, least)})
     return {a: m for a, m in out.items() if m[0]}
 
 def subgroup_values(cell: Cell, masks: dict, n_boot: int = 1000) -> list[tuple[str, str, int, Values]]:
@@ -320,8 +369,10 @@ def subgroup_values(cell: Cell, masks: dict, n_boot: int = 1000) -> list[tuple[s
             named = [v[metric] | gap_and_worst(v[metric]) for v in per]
             for g in named[0]:
                 inside = np.isfinite(m[g]).any(1) if g in m else np.ones(len(cell.y), bool)
-                out.append((attribute, g, int(classes.sum()), Values(cell.dataset, cell.method, cell.protocol, cell.ratio, getattr(cell, 'factor', ''), getattr(cell, 'level', None), metric,
-                            np.stack([v[g] for v in named]), cell.seeds, cell.runs, int(inside.sum()), len(set(cell.patients[inside])))))
+                out.append((attribute, g, int(classes.sum()),
+                            Values(cell.dataset, cell.method, cell.protocol, cell.ratio, getattr(cell, 'factor', ''),
+                                   getattr(cell, 'level', None), metric,
+np.stack([v[g] for v in named]), cell.seeds, cell.runs, int(inside.sum()), len(set(cell.patients[inside])))))
     return out
 
 def _place(group: str) -> str: # ages by years and not by letters; gap and worst last
@@ -354,46 +405,61 @@ def subgroup_table(cells: Sequence[Cell], files: dict[str, tuple], # data set: (
         rows.append(_row(v, 'subgroups') | extra | {'attribute': a, 'group': g, 'classes': classes})
     t = corrected(rows)
     place = lambda c: c.map(_place) if c.name == 'group' else c
-    return t.sort_values(['dataset', 'attribute', 'metric', 'method', 'factor', 'group'], ignore_index=True, kind='stable', key=place) if len(t) else t
+    return (t.sort_values(['dataset', 'attribute', 'metric', 'method', 'factor', 'group'], ignore_index=True, kind='stable', key=place)
+            if len(t) else t)
 
 def subgroup_files(folder: Path, labels: Sequence[str]) -> tuple:
     "(groups, areas, training prevalence of each label, test ids) from a probing run."
     groups, areas, share = (pd.read_parquet(folder/f'{k}.parquet') for k in ('groups', 'areas', 'prevalence'))
-    return groups, areas, share.set_index('label')['prevalence'].reindex(list(labels)).to_numpy(float), sorted(groups.loc[groups['split'] == 'test', 'study_id'])
+    return (groups, areas, share.set_index('label')['prevalence'].reindex(list(labels)).to_numpy(float),
+            sorted(groups.loc[groups['split'] == 'test', 'study_id']))
 
 # %% ../../nbs/study/95_study_tables.ipynb #c3d92814
-ABOUT = {'ablation': 'Ablations: one thing changed, everything else paired', 'grounding': 'Grounding: where does it look?', 'robustness': 'Robustness', 'subgroups': 'Subgroups', 'scaling': 'Scaling'}
+ABOUT = {'ablation': 'Ablations: one thing changed, everything else paired', 'grounding': 'Grounding: where does it look?',
+         'robustness': 'Robustness', 'subgroups': 'Subgroups', 'scaling': 'Scaling'}
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     "The table for readers: 'mean (low to high)', differences, corrected p; empty columns left out."
-    num = lambda a, lo, hi, sign: '' if np.isnan(a) else format(a, f'{sign}.3f') + ('' if np.isnan(lo) else f' ({lo:{sign}.3f} to {hi:{sign}.3f})')
+    num = lambda a, lo, hi, sign: '' if np.isnan(a) else format(a, f'{sign}.3f') + (''
+        if np.isnan(lo) else f' ({lo:{sign}.3f} to {hi:{sign}.3f})')
     t = table.copy()
     t['value'] = [num(*r, '') for r in t[['mean', 'low', 'high']].to_numpy(float)]
     t['minus reference'] = [num(*r, '+') for r in t[['difference', 'difference_low', 'difference_high']].to_numpy(float)]
     t['p (Holm)'] = [f'{x:.3f}' if x == x else '' for x in t['p_holm']]
     for c in ('ratio', 'level'): t[c] = [f'{x:g}' if x is not None and x == x else '' for x in t[c]]
-    order = ['attribute', 'group', 'method', 'protocol', 'ratio', 'factor', 'level', 'metric', 'value', 'reference', 'minus reference', 'p (Holm)', 'verdict', 'seeds', 'n', 'note']
+    order = ['attribute', 'group', 'method', 'protocol', 'ratio', 'factor', 'level', 'metric', 'value', 'reference', 'minus reference',
+             'p (Holm)', 'verdict', 'seeds', 'n', 'note']
     t = t[[c for c in order if c in t]].fillna('')
     return t[[c for c in t if (t[c].astype(str) != '').any()]]
 
 def study_report(table: pd.DataFrame, name: str, about: str) -> str:
     "A table of the study as Markdown, one section per data set and metric, and what its corrected tests support."
-    out = [f'# {ABOUT[name]}', '', about, 'Mean and 95 % interval (bootstrap over patients and seeds). A verdict only where the paired test holds after Holm correction over this table. For research only, not for clinical use.', '']
-    for (d, m), t in table.groupby(['dataset', 'metric'], sort=False): out += [f'## {d}: {m}', '', shown(t).drop(columns='metric').to_markdown(index=False), '']
+    out = [f'# {ABOUT[name]}', '', about,
+           'Mean and 95 % interval (bootstrap over patients and seeds). A verdict only where the paired test holds after Holm correction '
+           'over this table. For research only, not for clinical use.', '']
+    for (d, m), t in table.groupby(['dataset', 'metric'], sort=False):
+        out += [f'## {d}: {m}', '', shown(t).drop(columns='metric').to_markdown(index=False), '']
     tested = table[table['p_holm'].notna()]
     sure = tested[tested['verdict'] != '']
-    lines = [f'- {"" if "attribute" not in table else f"{r.attribute}, {r.group}: "}{r.method}{f" by {r.protocol}" if r.method == r.reference else ""}{f", {r.factor} {r.level:g}" if r.factor else ""}: {r.metric} {r.verdict} than {r.reference} by {abs(r.difference):.3f} ({r.difference_low:+.3f} to {r.difference_high:+.3f}), p = {r.p_holm:.3f}' for r in sure.itertuples()]
-    return '\n'.join([*out, '## What is supported', '', f'{len(sure)} of {len(tested)} tested differences hold at p < .05.' + ('' if lines else ' No claim is supported by this table.'), *lines, ''])
+    lines = [f'- {"" if "attribute" not in table else f"{r.attribute}, {r.group}: "}{r.method}'
+             f'{f" by {r.protocol}" if r.method == r.reference else ""}{f", {r.factor} {r.level:g}" if r.factor else ""}: {r.metric} '
+             f'{r.verdict} than {r.reference} by {abs(r.difference):.3f} ({r.difference_low:+.3f} to {r.difference_high:+.3f}), '
+             f'p = {r.p_holm:.3f}' for r in sure.itertuples()]
+    return '\n'.join([*out, '## What is supported', '',
+                      f'{len(sure)} of {len(tested)} tested differences hold at p < .05.'
+                      + ('' if lines else ' No claim is supported by this table.'), *lines, ''])
 
 def study_latex(table: pd.DataFrame, name: str) -> str:
     "One tabular per data set and metric."
-    return '\n\n'.join(shown(t).drop(columns='metric').to_latex(index=False, escape=True, caption=f'{ABOUT[name]}: {m} on {d}.') for (d, m), t in table.groupby(['dataset', 'metric'], sort=False))
+    return '\n\n'.join(shown(t).drop(columns='metric').to_latex(index=False, escape=True, caption=f'{ABOUT[name]}: {m} on {d}.')
+                       for (d, m), t in table.groupby(['dataset', 'metric'], sort=False))
 
 # %% ../../nbs/study/95_study_tables.ipynb #60f27e46
 class StudyTables:
     "Makes the tables of a preset from its finished runs; `sources` says which runs each is made of."
     def __init__(self, p: Preset, runs: Path, tables: Path, n_boot: int = 0, least: int = 5): # 0: `table_draws`
-        self.p, self.runs, self.tables, self.n_boot, self.least, self.sources = p, Path(runs), Path(tables), n_boot or table_draws(len(p.seeds)), least, {}
+        self.p, self.runs, self.tables, self.least, self.sources = p, Path(runs), Path(tables), least, {}
+        self.n_boot = n_boot or table_draws(len(p.seeds))
         self.folders = [self.runs/'probing'/j for j in probing_jobs(p)]
         self.cells = load_probe_cells(self.folders, self.runs)
         self.values = probe_values(self.cells, self.n_boot) + file_values(self.folders, self.runs, self.n_boot)
@@ -403,17 +469,23 @@ class StudyTables:
         "From the linear probes of the classification task with all labels, and of variants with a shifted group."
         top, vs = max(self.p.ratios), variants(self.p)
         jobs = [j for j in classification_jobs(self.p) if f'-r{top:g}-' in j]
-        cells = [c for c in load_cells([self.runs/'classification'/j for j in jobs], self.runs) if c.protocol == 'linear_probe' and c.method in self.p.methods]
-        cells += [c for c in self.cells if c.method in vs and vs[c.method].table == 'subgroups' and c.protocol == 'linear_probe' and c.ratio == top]
-        files = {d: subgroup_files(next(f for f in self.folders if f.name.startswith(f'{d}-')), next(c for c in cells if c.dataset == d).labels) for d in self.p.classification}
+        cells = [c for c in load_cells([self.runs/'classification'/j for j in jobs], self.runs) if c.protocol == 'linear_probe'
+                 and c.method in self.p.methods]
+        cells += [c for c in self.cells if c.method in vs and vs[c.method].table == 'subgroups' and c.protocol == 'linear_probe'
+                  and c.ratio == top]
+        files = {d: subgroup_files(next(f for f in self.folders if f.name.startswith(f'{d}-')),
+                                   next(c for c in cells if c.dataset == d).labels) for d in self.p.classification}
         return subgroup_table(cells, files, self.p, n_boot=self.n_boot, least=self.least)
 
     def make(self) -> dict[str, pd.DataFrame]:
         "{name: table}; a table without a row is left out."
         p, folder = self.p, self.runs/'pretrain'
-        out = {'ablation': ablation_table(self.values, p, pretrain_losses(folder, p, self.methods)), 'grounding': grounding_table(self.values, p), 'subgroups': self.subgroups()}
-        if any(v.factor for v in self.values) or any(s.table == 'robustness' for s in sweeps(p).values()): out['robustness'] = robustness_table(self.values, p)
-        if any(s.table == 'scaling' for s in sweeps(p).values()): out['scaling'] = scaling_table(self.values, p, pretrain_sizes(folder, self.methods))
+        out = {'ablation': ablation_table(self.values, p, pretrain_losses(folder, p, self.methods)),
+               'grounding': grounding_table(self.values, p), 'subgroups': self.subgroups()}
+        if any(v.factor for v in self.values) or any(s.table == 'robustness' for s in sweeps(p).values()):
+            out['robustness'] = robustness_table(self.values, p)
+        if any(s.table == 'scaling' for s in sweeps(p).values()):
+            out['scaling'] = scaling_table(self.values, p, pretrain_sizes(folder, self.methods))
         return {k: t for k, t in out.items() if len(t)}
 
     def write(self, about: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..config import from_params
 from ..data.knowledge import ENTITY_INDEX
@@ -43,41 +44,55 @@ class TaskRun:
     def __init__(self, task: str, studies: Sequence[Study], dataset: str, method: str, ratio: float, seed: int, settings: dict,
                  detector: str = '', checkpoint: str = '', strength: float = 0.):
         if task not in TASKS: raise GKError(f'task {task!r}', f'Use one of: {", ".join(TASKS)}.')
-        self.task, self.dataset, self.method, self.ratio, self.seed, self.settings, self.checkpoint, self.strength = task, dataset, method, ratio, seed, settings, checkpoint, strength
+        self.task, self.dataset, self.method, self.ratio, self.seed = task, dataset, method, ratio, seed
+        self.settings, self.checkpoint, self.strength = settings, checkpoint, strength
         need = {'report_generation': lambda s: bool(s.report.strip()), 'vqa': lambda s: bool(s.qa)}.get(task, lambda s: True)
         self.part = {k: [s for s in studies if s.split == k and need(s)] for k in ('train', 'val', 'test')}
-        if empty := [k for k, v in self.part.items() if not v]: raise GKError(f'{dataset}: no study for {task} in split {empty[0]!r}', 'Use a data set with reports (report_generation), questions (vqa) or boxes (localization).')
+        if empty := [k for k, v in self.part.items() if not v]:
+            raise GKError(f'{dataset}: no study for {task} in split {empty[0]!r}',
+                          'Use a data set with reports (report_generation), questions (vqa) or boxes (localization).')
         train = self.part['train']
         if task == 'localization': self.names = box_names(train)
-        cover = {'localization': lambda: np.array([[any(b.entity == n for b in s.findings) for n in self.names] for s in train], float), 'report_generation': lambda: stated_entities([s.report for s in train]).astype(float)}
+        cover = {'localization': lambda: np.array([[any(b.entity == n for b in s.findings) for n in self.names] for s in train], float),
+                 'report_generation': lambda: stated_entities([s.report for s in train]).astype(float)}
         if task != 'zero_shot':
             y = cover.get(task, lambda: np.zeros((len(train), 1)))()
             self.part['train'] = [train[i] for i in nested_subsets([s.subject_id for s in train], y, {ratio}, seed)[ratio]]
         config = from_params(ModelConfig, settings['model'], 'preset, section model')
-        self.detector, self.true_boxes = load_detector(detector) if detector or config.region_source == 'detector' else None, config.boxes == 'true'
+        self.detector = load_detector(detector) if detector or config.region_source == 'detector' else None
+        self.true_boxes = config.boxes == 'true'
 
     @property
     def size(self) -> int: "Side of the pictures in pixels."; return self.settings['model']['image_size']
-    def save_subset(self, run: Path) -> None: "The list of training studies."; save_subset(run/'subset.json', [s.study_id for s in self.part['train']], self.ratio, self.seed)
 
-    def sizes(self) -> pd.DataFrame:
-        "Studies, patients, boxes and questions of each split."
-        return pd.DataFrame({k: {'studies': len(v), 'patients': len({s.subject_id for s in v}), 'boxes': sum(len(s.findings) for s in v), 'questions': sum(len(s.qa) for s in v)} for k, v in self.part.items()})
+    def save_subset(self, run: Path) -> None:
+        "The list of training studies."
+        save_subset(run/'subset.json', [s.study_id for s in self.part['train']], self.ratio, self.seed)
 
-    def model(self, texts: Sequence[str] = ()) -> GKMVLP:
-        "The pre-trained model; for `scratch` a new one of the same size, with the GK module's baseline shape and a vocabulary of `texts`."
-        return load_method(self.method, self.checkpoint, self.settings, self.seed, texts)
+# %% ../../nbs/study/67_task_runs.ipynb #34e84412
+@patch
+def sizes(self: TaskRun) -> pd.DataFrame:
+    "Studies, patients, boxes and questions of each split."
+    return pd.DataFrame({k: {'studies': len(v), 'patients': len({s.subject_id for s in v}), 'boxes': sum(len(s.findings) for s in v),
+                             'questions': sum(len(s.qa) for s in v)} for k, v in self.part.items()})
 
-    def labels(self) -> list[str] | None:
-        "Those that are asked of the data set; None for all."
-        return asked_labels(self.settings, self.dataset, [s for v in self.part.values() for s in v])
+@patch
+def model(self: TaskRun, texts: Sequence[str] = ()) -> GKMVLP:
+    "The pre-trained model; for `scratch` a new one of the same size, with the GK module's baseline shape and a vocabulary of `texts`."
+    return load_method(self.method, self.checkpoint, self.settings, self.seed, texts)
 
-    def pictures(self, split: str, tokenizer=None, regions: str = '', # what will be read of them, see `regions_read`
-                 **options) -> StudySet:
-        "A split as tensors, augmented for training only."
-        strength = self.strength if split == 'train' else 0.
-        return StudySet(self.part[split], tokenizer, self.size, detector=self.detector, true_boxes=self.true_boxes, regions=regions,
-                        cache_dir=cache_dir(), seed=self.seed, augment_strength=strength, **options)
+@patch
+def labels(self: TaskRun) -> list[str] | None:
+    "Those that are asked of the data set; None for all."
+    return asked_labels(self.settings, self.dataset, [s for v in self.part.values() for s in v])
+
+@patch
+def pictures(self: TaskRun, split: str, tokenizer=None, regions: str = '', # what will be read of them, see `regions_read`
+             **options) -> StudySet:
+    "A split as tensors, augmented for training only."
+    strength = self.strength if split == 'train' else 0.
+    return StudySet(self.part[split], tokenizer, self.size, detector=self.detector, true_boxes=self.true_boxes, regions=regions,
+                    cache_dir=cache_dir(), seed=self.seed, augment_strength=strength, **options)
 
 # %% ../../nbs/study/67_task_runs.ipynb #17f4fee4
 def entity_labels(names: Sequence[str]) -> list[int]:
@@ -99,7 +114,8 @@ def _maps(r: TaskRun, make: Callable[[str], dict[str, np.ndarray]], # split -> {
     out = []
     for k in ('val', 'test'):
         boxes = finding_boxes(r.part[k], load_pictures(r.part[k], r.size, cache_dir=cache_dir())[1])
-        out += [map_frame(r.part[k], boxes, m, names, method=r.method if r.method != BASELINE else p, protocol=p) for p, m in make(k).items()]
+        out += [map_frame(r.part[k], boxes, m, names, method=r.method if r.method != BASELINE else p, protocol=p)
+                for p, m in make(k).items()]
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 
 # %% ../../nbs/study/67_task_runs.ipynb #d4c3f6e5
@@ -123,7 +139,8 @@ def run_zero_shot(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
             for p in zero_shot.PROMPT_SETS: keep(k, p, zero_shot.itc_scores(model, d, names, [p]))
             keep(k, 'ensemble', zero_shot.itc_scores(model, d, names))
             if model.config.gk and known: keep(k, 'ecls', zero_shot.ecls_scores(model, d, [names[i] for i in known]), which=known)
-        maps = lambda k: {'similarity': zero_shot.similarity_maps(model, data[k], found)} | ({'attention': zero_shot.attention_maps(model, data[k], found)} if model.config.mapped else {})
+        maps = lambda k: {'similarity': zero_shot.similarity_maps(model, data[k], found)} | ({'attention': zero_shot.attention_maps(model,
+            data[k], found)} if model.config.mapped else {})
     if found: _maps(r, maps, found).to_parquet(run/'maps.parquet', index=False)
     return pd.concat(rows, ignore_index=True)
 
@@ -131,10 +148,14 @@ def run_zero_shot(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
 def run_localization(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     "The table of `detection_frame` for the test split, one per method."
     options = from_params(LocalizationConfig, r.settings.get('localization', {}), 'preset, section localization')
-    if r.method == BASELINE: return detection_frame(r.part['test'], constant_boxes(r.part['train'], r.names, len(r.part['test'])), r.names).assign(method='constant', protocol='constant')
+    if r.method == BASELINE:
+        return detection_frame(r.part['test'], constant_boxes(r.part['train'], r.names, len(r.part['test'])),
+                               r.names).assign(method='constant', protocol='constant')
     sets = {k: BoxSet(v, r.names, r.size, r.strength if k == 'train' else 0., r.seed, cache_dir=cache_dir()) for k, v in r.part.items()}
-    net, _ = fit_localization(r.model().image_encoder, sets['train'], sets['val'], options, replace(config, lr_scale={f'net.backbone.{k}': v for k, v in config.lr_scale.items()}), run)
-    return detection_frame(r.part['test'], net.detect(sets['test']), r.names).assign(method=r.method, protocol='frozen' if options.frozen else 'finetune')
+    net, _ = fit_localization(r.model().image_encoder, sets['train'], sets['val'], options,
+                              replace(config, lr_scale={f'net.backbone.{k}': v for k, v in config.lr_scale.items()}), run)
+    return detection_frame(r.part['test'], net.detect(sets['test']), r.names).assign(method=r.method,
+        protocol='frozen' if options.frozen else 'finetune')
 
 def _pixels(r: TaskRun) -> dict[str, np.ndarray]: return {k: pixel_features(r.pictures(k)) for k in ('train', 'test')}
 
@@ -148,7 +169,8 @@ def _written(r: TaskRun, config: TrainConfig, run: Path, options: GenerationConf
     train, test = r.part['train'], r.part['test']
     if r.method == BASELINE:
         x = _pixels(r)
-        said = {'constant_normal': [NORMAL_REPORT] * len(test), 'most_frequent': [most_frequent_report(train)] * len(test), 'nearest_neighbour': nearest_reports(x['train'], train, x['test'])}
+        said = {'constant_normal': [NORMAL_REPORT] * len(test), 'most_frequent': [most_frequent_report(train)] * len(test),
+                'nearest_neighbour': nearest_reports(x['train'], train, x['test'])}
         return pd.concat([report_frame(test, v, method=k, protocol='baseline') for k, v in said.items()], ignore_index=True)
     model = r.model([s.report for s in train])
     x = {k: model_features(model, r.pictures(k), 'image') for k in ('train', 'test')}
@@ -156,9 +178,10 @@ def _written(r: TaskRun, config: TrainConfig, run: Path, options: GenerationConf
     data = {k: r.pictures(k, model.tokenizer, model_regions(model), max_length=model.config.max_length) for k in r.part}
     net, _ = fit_reports(model, 'gk' if model.config.gk else 'image', data['train'], data['val'], config, run)
     out = [report_frame(test, net.write(data['test'], options), method=r.method, protocol='finetune')]
-    for kind in ('gk_null', 'gk_shuffled') if model.config.gk else ():               # the same fine-tuned weights without, or with the wrong, knowledge
+    for kind in ('gk_null', 'gk_shuffled') if model.config.gk else ():  # the same fine-tuned weights without, or with the wrong, knowledge
         net.kind = kind
-        out.append(report_frame(test, net.write(data['test'], options), method={'gk_null': 'gk-null_prompts', 'gk_shuffled': 'gk-shuffled_prompts'}[kind], protocol='finetune'))
+        out.append(report_frame(test, net.write(data['test'], options),
+                                method={'gk_null': 'gk-null_prompts', 'gk_shuffled': 'gk-shuffled_prompts'}[kind], protocol='finetune'))
     return pd.concat([*out, near], ignore_index=True)
 
 # %% ../../nbs/study/67_task_runs.ipynb #73576833
@@ -166,12 +189,15 @@ def run_vqa(r: TaskRun, config: TrainConfig, run: Path) -> pd.DataFrame:
     "Answers to the questions of the test split, in both forms."
     asked = question_frame(r.part['test'], ['test'])
     train = question_frame(r.part['train'], ['train'])
-    if r.method == BASELINE: return pd.concat([asked.assign(prediction=majority_answers(train, asked, by), method=n, protocol='baseline') for n, by in (('majority', False), ('question_only', True))], ignore_index=True)
+    if r.method == BASELINE:
+        return pd.concat([asked.assign(prediction=majority_answers(train, asked, by), method=n, protocol='baseline')
+                          for n, by in (('majority', False), ('question_only', True))], ignore_index=True)
     space, out = answer_space(train), []
     for form in FORMS:
         model = r.model([f'{q} {a}' for q, a in zip(train['question'], train['answer'], strict=True)])
         data = {k: QASet(v, model.tokenizer, list(space), r.size, model.config.max_length, detector=r.detector, true_boxes=r.true_boxes,
-                         regions=model_regions(model), cache_dir=cache_dir(), seed=r.seed, augment_strength=r.strength if k == 'train' else 0.) for k, v in r.part.items()}
+                         regions=model_regions(model), cache_dir=cache_dir(), seed=r.seed,
+                         augment_strength=r.strength if k == 'train' else 0.) for k, v in r.part.items()}
         net, _ = fit_vqa(model, 'gk' if model.config.gk else 'image', form, data['train'], data['val'], config, run/form)
         save_vqa(net, run/form/'model')
         out.append(data['test'].frame.assign(prediction=answer_questions(net, data['test']), method=r.method, protocol=form))
@@ -193,7 +219,9 @@ def run_metrics(task: str, run: Path) -> dict[str, float]:
     f, out = pd.read_parquet(run/'predictions.parquet'), {}
     for (m, p), g in f[f['split'] == 'test'].groupby(['method', 'protocol'], sort=False):
         if task == 'zero_shot': v = {'auroc': [macro(scores_by_class(g))['mean']]}
-        else: v = {'localization': detection_metrics, 'report_generation': lambda g: report_metrics(g, meteor=False), 'vqa': vqa_metrics}[task](g)
+        else:
+            v = {'localization': detection_metrics, 'report_generation': lambda g: report_metrics(g, meteor=False),
+                 'vqa': vqa_metrics}[task](g)
         out |= {f'{m}/{p}/{k}': float(x[0]) for k, x in v.items()}
     if task == 'zero_shot' and (run/'maps.parquet').is_file():
         for (m, p), g in pd.read_parquet(run/'maps.parquet').groupby(['method', 'protocol'], sort=False):

@@ -19,7 +19,8 @@ from ..config import Preset
 from ..evaluation.detection import detection_metrics
 from ..evaluation.grounding import MAP_METRICS, choose_share, map_metrics
 from ..evaluation.metrics import UndefinedMetric
-from ..evaluation.statistics import bootstrap_p, holm, macro_weighted, patient_weights, percentile_interval, seed_mean, table_draws, with_whole
+from ..evaluation.statistics import (bootstrap_p, holm, macro_weighted, patient_weights, percentile_interval, seed_mean, table_draws,
+                                           with_whole)
 from ..evaluation.text import NLG_METRICS, report_metrics
 from ..evaluation.vqa import VQA_METRICS, vqa_metrics
 from ..paths import GKError, read_text
@@ -62,13 +63,15 @@ class TaskCell:
     n: int                        # test items: studies, images, questions, findings
     n_patients: int
 
-_TRUTH = {'zero_shot': ['study_id', 'label', 'y'], 'localization': ['kind', 'study_id', 'entity', 'x0', 'y0', 'x1', 'y1'], 'report_generation': ['study_id', 'reference'], 'vqa': ['qid', 'question', 'answer'], 'maps': ['study_id', 'label']}
+_TRUTH = {'zero_shot': ['study_id', 'label', 'y'], 'localization': ['kind', 'study_id', 'entity', 'x0', 'y0', 'x1', 'y1'],
+          'report_generation': ['study_id', 'reference'], 'vqa': ['qid', 'question', 'answer'], 'maps': ['study_id', 'label']}
 
 def _truth(task: str, f: pd.DataFrame) -> pd.DataFrame:
     f = f[f['split'] == 'test']
     if task == 'localization': f = f[f['kind'] != 'found']
     return f[_TRUTH[task]].reset_index(drop=True)
 
+# %% ../../nbs/study/68_task_tables.ipynb #2d32e53f
 def load_task_cells(runs: Sequence[Path], base: Path, n_boot: int = 1000) -> list[TaskCell]:
     "Read finished runs of the four tasks; a run without metrics.json, or seeds with different test data, is a `GKError`."
     parts: dict[tuple, list] = {}
@@ -83,11 +86,14 @@ def load_task_cells(runs: Sequence[Path], base: Path, n_boot: int = 1000) -> lis
     for key, v in parts.items():
         v = sorted(v, key=lambda x: x[0]); first = _truth(key[0], v[0][2])
         for _, run, g in v[1:]:
-            if not _truth(key[0], g).equals(first): raise GKError(f'{run}: its test data differ from those of another seed', 'Delete runs of older data and call make paper again.')
+            if not _truth(key[0], g).equals(first):
+                raise GKError(f'{run}: its test data differ from those of another seed',
+                              'Delete runs of older data and call make paper again.')
         values = [task_values(key[0], g, n_boot) for *_, g in v]
         test = v[0][2][v[0][2]['split'] == 'test']
         n = first['study_id'].nunique() if key[0] in ('zero_shot', 'localization') else len(first)
-        out.append(TaskCell(*key, {k: np.stack([x[k] for x in values]) for k in values[0]}, tuple(x[0] for x in v), tuple(x[1] for x in v), n, test['subject_id'].nunique()))
+        out.append(TaskCell(*key, {k: np.stack([x[k] for x in values]) for k in values[0]}, tuple(x[0] for x in v), tuple(x[1] for x in v),
+                            n, test['subject_id'].nunique()))
     return out
 
 # %% ../../nbs/study/68_task_tables.ipynb #60f3a0aa
@@ -98,43 +104,57 @@ def task_table(cells: Sequence[TaskCell]) -> pd.DataFrame:
     rows = []
     for c in cells:
         for metric, v in c.values.items():
-            row = {'task': 'zero_shot' if c.task == 'maps' else c.task, 'dataset': c.dataset, 'method': c.method, 'ratio': np.nan if c.task in ('zero_shot', 'maps') else c.ratio, 'metric': metric, 'mean': np.nan, 'low': np.nan, 'high': np.nan,
-                   'seeds': len(c.seeds), 'n': c.n, 'protocol': c.protocol, 'n_patients': c.n_patients, 'note': NOTES.get(metric, '') if metric != 'meteor' else '', 'runs': ' '.join(c.runs)}
+            row = {'task': 'zero_shot' if c.task == 'maps' else c.task, 'dataset': c.dataset, 'method': c.method,
+                   'ratio': np.nan if c.task in ('zero_shot', 'maps') else c.ratio, 'metric': metric, 'mean': np.nan, 'low': np.nan,
+                   'high': np.nan,
+                   'seeds': len(c.seeds), 'n': c.n, 'protocol': c.protocol, 'n_patients': c.n_patients,
+                   'note': NOTES.get(metric, '') if metric != 'meteor' else '', 'runs': ' '.join(c.runs)}
             try:
                 row['mean'], boot = seed_mean(v)
-                if metric != 'filtered_map_40_75': row['low'], row['high'] = percentile_interval(boot, f'{c.task}, {c.method}, {metric}', share=metric not in ('cnr', 'cider'))
+                if metric != 'filtered_map_40_75':
+                    row['low'], row['high'] = percentile_interval(boot, f'{c.task}, {c.method}, {metric}',
+                                                                  share=metric not in ('cnr', 'cider'))
             except UndefinedMetric: row['note'] = NOTES.get(metric, 'no value' if np.isnan(row['mean']) else 'too few for an interval')
             rows.append(row)
     return pd.DataFrame(rows).sort_values(['dataset', 'metric', 'protocol', 'method', 'ratio'], ignore_index=True)
 
-HEADLINE = {'zero_shot': ('auroc',), 'maps': ('pointing', 'cnr'), 'localization': ('map_40_75',), 'report_generation': ('bleu_4', 'clinical_f1'), 'vqa': ('accuracy',)}
+# %% ../../nbs/study/68_task_tables.ipynb #e549ee2d
+HEADLINE = {'zero_shot': ('auroc',), 'maps': ('pointing', 'cnr'), 'localization': ('map_40_75',),
+            'report_generation': ('bleu_4', 'clinical_f1'), 'vqa': ('accuracy',)}
 
 YARDSTICKS = {'report_generation': ('nearest_neighbour',)}       # without training or chance, so with one seed
 
 def task_comparisons(cells: Sequence[TaskCell], method: str = 'gk') -> pd.DataFrame:
-    "Paired differences of `method` to its references and to a task's yardstick in the headline metrics, over the same resamples and within the same seeds, Holm-corrected over the whole table."
+    """Paired differences of `method` to its references and to a task's yardstick in the headline metrics, over the same resamples and
+    within the same seeds, Holm-corrected over the whole table."""
     at, rows = {(c.task, c.dataset, c.method, c.protocol, c.ratio): c for c in cells}, []
     for (t, d, m, p, r), c in at.items():
         if m != method: continue
         for ref in (*REFERENCES, 'itc', *YARDSTICKS.get(t, ())):
-            other = next((x for k, x in at.items() if (k[0], k[1], k[2], k[4]) == (t, d, ref, r)), None) if ref in YARDSTICKS.get(t, ()) else at.get((t, d, ref, p, r))
+            other = (next((x for k, x in at.items() if (k[0], k[1], k[2], k[4]) == (t, d, ref, r)), None) if ref in YARDSTICKS.get(t, ())
+                     else at.get((t, d, ref, p, r)))
             if other is None: continue
-            if (other.seeds != c.seeds and ref not in YARDSTICKS.get(t, ())) or other.n != c.n: raise GKError(f'{t} on {d}, {ref}: other seeds or test data than {method}', 'Run both with the same preset.')
+            if (other.seeds != c.seeds and ref not in YARDSTICKS.get(t, ())) or other.n != c.n:
+                raise GKError(f'{t} on {d}, {ref}: other seeds or test data than {method}', 'Run both with the same preset.')
             for metric in HEADLINE[t]:
                 try:
                     value, boot = seed_mean(c.values[metric] - other.values[metric])     # one row of a yardstick for all seeds
                     low, high = percentile_interval(boot, f'{t}: {method} - {ref}')
-                except UndefinedMetric: continue                # a metric without a value in this test set has no comparison; the table says so
-                rows.append({'task': 'zero_shot' if t == 'maps' else t, 'dataset': d, 'protocol': p, 'ratio': r, 'metric': metric, 'method': method, 'reference': ref, 'difference': value, 'low': low, 'high': high,
+                except UndefinedMetric: continue  # a metric without a value in this test set has no comparison; the table says so
+                rows.append({'task': 'zero_shot' if t == 'maps' else t, 'dataset': d, 'protocol': p, 'ratio': r, 'metric': metric,
+                             'method': method, 'reference': ref, 'difference': value, 'low': low, 'high': high,
                              'p': bootstrap_p(boot), 'seeds': len(c.seeds), 'n': c.n})
     table = pd.DataFrame(rows)
     if len(table): table['p_holm'] = holm(table['p'].tolist())
     return table
 
 # %% ../../nbs/study/68_task_tables.ipynb #adb22556
-TITLES = {'zero_shot': 'Zero-shot classification and grounding', 'localization': 'Localization', 'report_generation': 'Report generation', 'vqa': 'Visual question answering'}
-SHOWN = {'zero_shot': ('auroc', 'auprc', *MAP_METRICS), 'localization': ('map_40_75', 'coco_map', 'ap_50', 'froc', 'sensitivity_0.25', 'sensitivity_1', 'filtered_map_40_75'),
-         'report_generation': (*NLG_METRICS, 'clinical_precision', 'clinical_recall', 'clinical_f1', 'clinical_macro_f1', 'chexbert_f1', 'chexbert_macro_f1', 'radgraph_f1'), 'vqa': VQA_METRICS}
+TITLES = {'zero_shot': 'Zero-shot classification and grounding', 'localization': 'Localization', 'report_generation': 'Report generation',
+          'vqa': 'Visual question answering'}
+SHOWN = {'zero_shot': ('auroc', 'auprc', *MAP_METRICS),
+         'localization': ('map_40_75', 'coco_map', 'ap_50', 'froc', 'sensitivity_0.25', 'sensitivity_1', 'filtered_map_40_75'),
+         'report_generation': (*NLG_METRICS, 'clinical_precision', 'clinical_recall', 'clinical_f1', 'clinical_macro_f1', 'chexbert_f1',
+                               'chexbert_macro_f1', 'radgraph_f1'), 'vqa': VQA_METRICS}
 
 def task_wide(table: pd.DataFrame, task: str, dataset: str) -> pd.DataFrame:
     "Rows (method, protocol, ratio), columns the shown metrics, cells 'mean (low to high)'."
@@ -145,26 +165,37 @@ def task_wide(table: pd.DataFrame, task: str, dataset: str) -> pd.DataFrame:
     t['cell'] = [cell(r) for r in t.rename(columns={'mean': 'mean_'}).itertuples()]
     t['row'] = [f'{m}, {p}' + ('' if np.isnan(r) else f', {r:g} %') for m, p, r in zip(t['method'], t['protocol'], t['ratio'], strict=True)]
     w = t.pivot(index='row', columns='metric', values='cell').fillna('-')
-    return w[[m for m in SHOWN[task] if m in w]].rename(columns={'filtered_map_40_75': 'filtered (not comparable)'}).rename_axis(index='method', columns=None)
+    w = w[[m for m in SHOWN[task] if m in w]].rename(columns={'filtered_map_40_75': 'filtered (not comparable)'})
+    return w.rename_axis(index='method', columns=None)
 
+# %% ../../nbs/study/68_task_tables.ipynb #f2184aca
 def task_report(table: pd.DataFrame, comparisons: pd.DataFrame, task: str, about: str) -> str:
     "A task's table as Markdown, with published numbers beside it, marked."
-    out = [f'# {TITLES[task]} (mean and 95 % interval)', '', about, 'Intervals: bootstrap over patients and seeds. For research only, not for clinical use.', '']
+    out = [f'# {TITLES[task]} (mean and 95 % interval)', '', about,
+           'Intervals: bootstrap over patients and seeds. For research only, not for clinical use.', '']
     for d in table['dataset'].unique():
         t = table[table['dataset'] == d]
-        out += [f'## {d}', '', f'Test: {int(t["n"].max())} items of {int(t["n_patients"].max())} patients; {int(t["seeds"].max())} seed(s).', '', task_wide(table, task, d).to_markdown(), '']
+        size = f'Test: {int(t["n"].max())} items of {int(t["n_patients"].max())} patients; {int(t["seeds"].max())} seed(s).'
+        out += [f'## {d}', '', size, '', task_wide(table, task, d).to_markdown(), '']
         p = published(task, d)
-        if len(p): out += ['Published, **not comparable** (other data, splits and model sizes):', '', p[['method', 'ratio', 'metric', 'value', 'protocol', 'source']].fillna({'ratio': ''}).to_markdown(index=False), '']
+        if len(p):
+            out += ['Published, **not comparable** (other data, splits and model sizes):', '',
+                    p[['method', 'ratio', 'metric', 'value', 'protocol', 'source']].fillna({'ratio': ''}).to_markdown(index=False), '']
     mine = comparisons[comparisons['task'] == task] if len(comparisons) else comparisons
     sure = mine[mine['p_holm'] < .05] if len(mine) else mine
     several = len(mine) and mine['ratio'].nunique() > 1
-    lines = [f'- {r.dataset}, {r.protocol}, {r.metric}{f", {r.ratio:g} %" if several else ""}: gk {"better" if r.difference > 0 else "worse"} than {r.reference} by {abs(r.difference):.3f} ({r.low:.3f} to {r.high:.3f}), p = {r.p_holm:.3f}' for r in sure.itertuples()]
-    return '\n'.join([*out, '## What is supported', '', f'Of {len(mine)} paired comparisons of gk, {len(lines)} differ at p < .05 after Holm correction over all tasks.' + ('' if lines else ' No claim about gk is supported.'), *lines, ''])
+    lines = [f'- {r.dataset}, {r.protocol}, {r.metric}{f", {r.ratio:g} %" if several else ""}: gk '
+             f'{"better" if r.difference > 0 else "worse"} than {r.reference} by {abs(r.difference):.3f} ({r.low:.3f} to {r.high:.3f}), p '
+             f'= {r.p_holm:.3f}' for r in sure.itertuples()]
+    return '\n'.join([*out, '## What is supported', '',
+                      f'Of {len(mine)} paired comparisons of gk, {len(lines)} differ at p < .05 after Holm correction over all tasks.'
+                      + ('' if lines else ' No claim about gk is supported.'), *lines, ''])
 
 # %% ../../nbs/study/68_task_tables.ipynb #e9e338ca
 def task_latex(table: pd.DataFrame, task: str) -> str:
     "One tabular per data set."
-    return '\n\n'.join(task_wide(table, task, d).to_latex(escape=True, caption=f'{TITLES[task]}, {d}: mean and 95 % interval.') for d in table['dataset'].unique())
+    return '\n\n'.join(task_wide(table, task, d).to_latex(escape=True, caption=f'{TITLES[task]}, {d}: mean and 95 % interval.')
+                       for d in table['dataset'].unique())
 
 def write_tasks(p: Preset, runs: Path, tables: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
     "Write a table per task, and task_comparisons, from a preset's finished runs; ({task: Markdown}, {table: run ids})."

@@ -27,7 +27,8 @@ class Sweep:
 
     def __post_init__(self):
         if self.table not in SWEEP_TABLES: raise GKError(f'sweep: table {self.table!r}', f'Use one of: {", ".join(SWEEP_TABLES)}.')
-        if self.base in self.levels: raise GKError(f'sweep: level {self.base:g} is the base and is listed too', 'Leave it out of the levels.')
+        if self.base in self.levels:
+            raise GKError(f'sweep: level {self.base:g} is the base and is listed too', 'Leave it out of the levels.')
 
 @dataclass(frozen=True)
 class Variant:
@@ -47,16 +48,20 @@ def sweeps(p: Preset) -> dict[str, Sweep]:
     return {f: from_params(Sweep, d, f'preset, sweep {f}') for f, d in p.sweeps.items()}
 
 def _variant(p: Preset, method: str, base: str, changes: dict, where: str, seeds: Sequence[int], **about) -> Variant:
-    if not method.rpartition('-')[2].replace('.', '').replace('_', '').isalnum() or method != method.lower(): raise GKError(f'{where}: the name {method!r}', 'Use small letters, digits and _.')
+    if not method.rpartition('-')[2].replace('.', '').replace('_', '').isalnum() or method != method.lower():
+        raise GKError(f'{where}: the name {method!r}', 'Use small letters, digits and _.')
     check_params(changes, SECTIONS, where)
     seeds = changes.get('seeds') or seeds
-    if wrong := [s for s in seeds if s not in p.seeds]: raise GKError(f'{where}: seed {wrong[0]} is no seed of the preset', f'Use some of: {", ".join(map(str, p.seeds))}.')
-    return Variant(method, base, changes.get('objective', base), {k: v for k, v in changes.items() if k not in ('objective', 'seeds')}, tuple(seeds), **about)
+    if wrong := [s for s in seeds if s not in p.seeds]:
+        raise GKError(f'{where}: seed {wrong[0]} is no seed of the preset', f'Use some of: {", ".join(map(str, p.seeds))}.')
+    return Variant(method, base, changes.get('objective', base), {k: v for k, v in changes.items() if k not in ('objective', 'seeds')},
+                   tuple(seeds), **about)
 
 def variants(p: Preset) -> dict[str, Variant]:
     "Every variant of a preset by the name of its method: ablations of gk, then the levels of the sweeps."
     out = [_variant(p, f'gk-{n}', 'gk', d, f'preset, ablation {n}', p.seeds) for n, d in p.ablations.items()]
-    out += [_variant(p, f'{m}-{f}_{level:g}', m, d, f'preset, sweep {f}, level {level:g}', s.seeds or p.seeds, table=s.table, factor=f, level=float(level))
+    out += [_variant(p, f'{m}-{f}_{level:g}', m, d, f'preset, sweep {f}, level {level:g}', s.seeds or p.seeds, table=s.table, factor=f,
+                     level=float(level))
             for f, s in sweeps(p).items() for m in s.methods for level, d in s.levels.items()]
     return {v.method: v for v in out}
 

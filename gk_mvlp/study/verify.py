@@ -27,7 +27,9 @@ from .task_tables import write_tasks
 # %% ../../nbs/study/99_verify.ipynb #1c931cef
 def _unlike(here: dict[str, str], named: dict[str, str]) -> list[str]:
     "Files whose hashes differ from the named ones, one line each."
-    return [f'{f}: ' + ('is missing' if f not in here else 'is in no manifest' if f not in named else 'is not the file that the manifest names') for f in sorted(here.keys() | named.keys()) if here.get(f) != named.get(f)]
+    return [f'{f}: ' + ('is missing' if f not in here else 'is in no manifest'
+                        if f not in named else 'is not the file that the manifest names')
+            for f in sorted(here.keys() | named.keys()) if here.get(f) != named.get(f)]
 
 def changed_artefacts(manifest: dict, results: Path) -> list[str]:
     "What differs between a results folder and its manifest, one line each."
@@ -45,12 +47,14 @@ def changed_predictions(manifest: dict, runs: Path) -> list[str]:
 # %% ../../nbs/study/99_verify.ipynb #927bd3f3
 def differences(kept: pd.DataFrame, again: pd.DataFrame, name: str, most: int = 5) -> list[str]:
     "Cells of a table that differ from the recomputed ones, one line each; at most `most` lines and a count."
-    if list(kept.columns) != list(again.columns): return [f'{name}: columns {", ".join(kept.columns)}; recomputed {", ".join(again.columns)}']
+    if list(kept.columns) != list(again.columns):
+        return [f'{name}: columns {", ".join(kept.columns)}; recomputed {", ".join(again.columns)}']
     if len(kept) != len(again): return [f'{name}: {len(kept)} rows, recomputed {len(again)}']
     out = []
     for c in kept:
         a, b = kept[c], again[c]
-        if pd.api.types.is_numeric_dtype(a) and pd.api.types.is_numeric_dtype(b): wrong = ~np.isclose(a, b, rtol=2e-5, atol=1e-9, equal_nan=True)
+        if pd.api.types.is_numeric_dtype(a) and pd.api.types.is_numeric_dtype(b):
+            wrong = ~np.isclose(a, b, rtol=2e-5, atol=1e-9, equal_nan=True)
         else: wrong = (a.fillna('').astype(str) != b.fillna('').astype(str)).to_numpy()
         out += [f'{name}, row {i + 2}, {c}: {a.iloc[i]}, recomputed {b.iloc[i]}' for i in np.flatnonzero(wrong)]
     return out[:most] + ([f'{name}: {len(out) - most} more'] if len(out) > most else [])
@@ -58,8 +62,10 @@ def differences(kept: pd.DataFrame, again: pd.DataFrame, name: str, most: int = 
 # %% ../../nbs/study/99_verify.ipynb #a221c60c
 def recompute(p: Preset, runs: Path, tables: Path) -> None:
     "Write every table of a preset into an empty folder, as `make paper` does."
-    steps = {'classification': lambda: write_classification(p, runs, tables), 'tasks': lambda: write_tasks(p, runs, tables) if p.tasks else None,
-             'ablation, grounding, robustness, subgroups, scaling': lambda: StudyTables(p, runs, tables).write(p.about) if p.probing else None}
+    steps = {'classification': lambda: write_classification(p, runs, tables),
+             'tasks': lambda: write_tasks(p, runs, tables) if p.tasks else None,
+             'ablation, grounding, robustness, subgroups, scaling': lambda: StudyTables(p, runs, tables).write(p.about)
+             if p.probing else None}
     bar = tqdm(steps.items(), desc='tables')
     for name, step in bar:
         bar.set_postfix_str(name)
@@ -67,8 +73,11 @@ def recompute(p: Preset, runs: Path, tables: Path) -> None:
 
 def verify(p: Preset, runs: Path, results: Path) -> list[str]:
     "All differences, one line each; empty: the results follow from the predictions."
-    if not (results/'manifest.json').is_file(): raise GKError(f'{results}/manifest.json: no such file', f'make paper PRESET={results.name} makes it.')
-    if not runs.is_dir(): raise GKError(f'{runs}: there are no saved predictions', f'They are not in the repository; make paper PRESET={results.name} makes them.')
+    if not (results/'manifest.json').is_file():
+        raise GKError(f'{results}/manifest.json: no such file', f'make paper PRESET={results.name} makes it.')
+    if not runs.is_dir():
+        raise GKError(f'{runs}: there are no saved predictions',
+                      f'They are not in the repository; make paper PRESET={results.name} makes them.')
     manifest = json.loads(read_text(results/'manifest.json'))
     bad = changed_artefacts(manifest, results) + changed_predictions(manifest, runs)
     with tempfile.TemporaryDirectory() as tmp:
@@ -77,7 +86,8 @@ def verify(p: Preset, runs: Path, results: Path) -> list[str]:
         bad += [f'{n}.csv: ' + ('no predictions lead to it' if n in kept else 'is missing') for n in sorted(kept.keys() ^ again.keys())]
         for n in sorted(kept.keys() & again.keys()):
             if kept[n].read_bytes() != again[n].read_bytes(): bad += differences(*(pd.read_csv(f) for f in (kept[n], again[n])), f'{n}.csv')
-    if finished(current_report(p, runs, results), results, not p.needs) != read_text(results/'REPORT.md'): bad.append('REPORT.md: does not follow from the tables')
+    if finished(current_report(p, runs, results), results, not p.needs) != read_text(results/'REPORT.md'):
+        bad.append('REPORT.md: does not follow from the tables')
     return bad
 
 # %% ../../nbs/study/99_verify.ipynb #a9472cc0
@@ -87,7 +97,8 @@ def verify_command(preset: str) -> int:
     p, results = load_preset(preset), results_dir()/name
     bad = verify(p, runs_dir()/name, results)
     for line in bad: print(f'differs  {line}', file=sys.stderr)
-    if bad: print(f'error: {name}: {len(bad)} difference(s); the results do not follow from the saved predictions', file=sys.stderr); return 1
+    if bad:
+        print(f'error: {name}: {len(bad)} difference(s); the results do not follow from the saved predictions', file=sys.stderr); return 1
     m = json.loads(read_text(results/'manifest.json'))
     print(f'{name}: {len(m["artefacts"])} files follow from the saved predictions of {len(m["runs"])} runs')
     return 0

@@ -28,7 +28,8 @@ ADDRESS = 'GK_MVLP_WARM'                                      # environment vari
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 def ask(address: str, argv: Sequence[str]) -> int | None: # module and arguments
-    "Run `argv` in a fork of the server at `address` as if it were this process: its exit status, -n for signal n; None if the server does not take it."
+    """Run `argv` in a fork of the server at `address` as if it were this process: its exit status, -n for signal n; None if the server
+    does not take it."""
     with socket.socket(socket.AF_UNIX) as s:
         try: s.connect(address)
         except OSError: return None
@@ -69,7 +70,7 @@ def become(request: dict, fds: Sequence[int]) -> None:
         sys.path[0] = request['cwd']                          # as `python -m` would have it
         sys.path[1:1] = [f for f in request['env'].get('PYTHONPATH', '').split(os.pathsep) if f and f not in sys.path]
         module, *sys.argv[1:] = request['argv']
-        if module == 'ipykernel_launcher': sys.argv.append(f'--IPKernelApp.parent_handle={os.getppid()}')     # the kernel ends with its keeper
+        if module == 'ipykernel_launcher': sys.argv.append(f'--IPKernelApp.parent_handle={os.getppid()}')  # the kernel ends with its keeper
         try: runpy.run_module(module, run_name='__main__', alter_sys=True); code = 0
         except SystemExit as err: code = err.code if isinstance(err.code, int) else int(err.code is not None)
     except BaseException:
@@ -80,6 +81,7 @@ def become(request: dict, fds: Sequence[int]) -> None:
             with suppress(BaseException): leave()
         os._exit(code & 255)
 
+# %% ../../nbs/study/79_warm.ipynb #17dfa753
 def keep(connection: socket.socket, request: dict, fds: Sequence[int]) -> None:
     "In the keeper: fork, and stay until the fork or the client is gone. Never returns."
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -99,8 +101,10 @@ def keep(connection: socket.socket, request: dict, fds: Sequence[int]) -> None:
     os._exit(0)
 
 # %% ../../nbs/study/79_warm.ipynb #44203bb5
-PRELOAD = ('gk_mvlp.study.run', 'gk_mvlp.study.task_runs', 'gk_mvlp.study.probing', 'gk_mvlp.study.paper_figures', 'gk_mvlp.study.study_figures', 'gk_mvlp.study.claims',
-           'papermill', 'ipykernel.kernelapp', 'ipykernel.ipkernel', 'torch.utils.tensorboard', 'pyarrow.parquet', 'sklearn.linear_model', 'tabulate')
+PRELOAD = ('gk_mvlp.study.run', 'gk_mvlp.study.task_runs', 'gk_mvlp.study.probing', 'gk_mvlp.study.paper_figures',
+           'gk_mvlp.study.study_figures', 'gk_mvlp.study.claims',
+           'papermill', 'ipykernel.kernelapp', 'ipykernel.ipkernel', 'torch.utils.tensorboard', 'pyarrow.parquet', 'sklearn.linear_model',
+           'tabulate')
 
 def library_state() -> list[tuple[str, int]]:
     "Names and times of the library's files."
@@ -139,7 +143,8 @@ def warm_server(env: dict[str, str]) -> Iterator[dict[str, str]]:
     if not usable(): yield env; return
     with tempfile.TemporaryDirectory(prefix='gk-mvlp-') as folder:    # only this user can enter it
         address = f'{folder}/warm'
-        server = subprocess.Popen([sys.executable, '-m', 'gk_mvlp.study.warm', '--serve', address], stdin=subprocess.PIPE, env={**env, 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'})
+        server = subprocess.Popen([sys.executable, '-m', 'gk_mvlp.study.warm', '--serve', address], stdin=subprocess.PIPE,
+                                  env={**env, 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'})
         try:
             until = time.monotonic() + 120
             while not Path(address).exists() and server.poll() is None and time.monotonic() < until: time.sleep(.1)

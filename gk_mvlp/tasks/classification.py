@@ -73,7 +73,8 @@ def fit_probe(x_train: np.ndarray, y_train: np.ndarray, # [N, F], [N, C]
     if not np.isfinite(best[0]): raise GKError('no class has both values in the validation set', 'Use a larger validation split.')
     return best[2], best[3], best[1]
 
-def linear_probe(x_train: np.ndarray, y_train: np.ndarray, x_val: np.ndarray, y_val: np.ndarray, x_test: np.ndarray, cs: Sequence[float] = CS) -> tuple[np.ndarray, np.ndarray, float]:
+def linear_probe(x_train: np.ndarray, y_train: np.ndarray, x_val: np.ndarray, y_val: np.ndarray, x_test: np.ndarray,
+                 cs: Sequence[float] = CS) -> tuple[np.ndarray, np.ndarray, float]:
     "(validation scores [N, C], test scores [N, C], the chosen C)."
     models, val, c = fit_probe(x_train, y_train, x_val, y_val, cs)
     return val, probe_scores(models, x_test), c
@@ -83,7 +84,8 @@ def pixel_features(data: StudySet) -> np.ndarray:
     "[N, 1024]: the pictures at 32 x 32."
     return run_batches(data, lambda b: F.interpolate(b['images'], size=(32, 32), mode='area').flatten(1)).numpy()
 
-def pixel_baseline(x_train: np.ndarray, y_train: np.ndarray, x_val: np.ndarray, y_val: np.ndarray, x_test: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
+def pixel_baseline(x_train: np.ndarray, y_train: np.ndarray, x_val: np.ndarray, y_val: np.ndarray, x_test: np.ndarray,
+                   seed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
     "The probe on 40 principal components of the training pixels."
     pca = PCA(min(40, len(x_train) - 1, x_train.shape[1]), random_state=seed).fit(x_train)
     return linear_probe(pca.transform(x_train), y_train, pca.transform(x_val), y_val, pca.transform(x_test))
@@ -144,9 +146,11 @@ def classification_loss(model: Classifier, batch: dict) -> dict[str, Tensor]:
 
 # %% ../../nbs/tasks/40_classification.ipynb #d0968c3d
 def finetune(model: GKMVLP, kind: str, train: StudySet, val: StudySet, test: StudySet, # with targets
-             config: TrainConfig, run_dir: str | Path, probe: tuple[list, np.ndarray] | None = None # of `fit_probe` and its features; None: fitted here
+             # of `fit_probe` and its features; None: fitted here
+             config: TrainConfig, run_dir: str | Path, probe: tuple[list, np.ndarray] | None = None
              ) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
-    "(validation scores, test scores, history from epoch 0, the start). The head starts from the linear probe. Resumes from run_dir/last.ckpt."
+    """(validation scores, test scores, history from epoch 0, the start). The head starts from the linear probe. Resumes from
+    run_dir/last.ckpt."""
     torch.manual_seed(config.seed)
     net = Classifier(model, kind, train.fields['targets'].shape[1]).to(model.logit_scale.device)
     if probe is None:
@@ -158,7 +162,8 @@ def finetune(model: GKMVLP, kind: str, train: StudySet, val: StudySet, test: Stu
     net.eval()
     with torch.no_grad(): start = scores(net, val), scores(net, test)
     first = pd.DataFrame([{'epoch': 0, 'val_auroc': mean_auroc(y_val, start[0])}])
-    trainer = Trainer(net, classification_loss, train, config, run_dir, evaluate=lambda m: {'val_auroc': mean_auroc(y_val, scores(m, val))}, monitor='val_auroc')
+    trainer = Trainer(net, classification_loss, train, config, run_dir, evaluate=lambda m: {'val_auroc': mean_auroc(y_val, scores(m, val))},
+                      monitor='val_auroc')
     history = pd.concat([first, trainer.fit()], ignore_index=True)
     if not history['val_auroc'][1:].max() > history['val_auroc'][0]: return *start, history      # no epoch was better than the start
     net.eval()
@@ -167,8 +172,12 @@ def finetune(model: GKMVLP, kind: str, train: StudySet, val: StudySet, test: Stu
 # %% ../../nbs/tasks/40_classification.ipynb #54112d0b
 def prediction_frame(studies: Sequence[Study], y: np.ndarray, scores: np.ndarray, names: Sequence[str], **columns) -> pd.DataFrame:
     "study_id, subject_id, split, label, y, score and the given columns; a score that is not finite is a `GKError`."
-    if scores.shape != y.shape or len(scores) != len(studies): raise GKError(f'scores {scores.shape} for labels {y.shape} of {len(studies)} studies', 'They must agree.')
-    if not np.isfinite(scores).all(): raise GKError(f'{int((~np.isfinite(scores)).sum())} scores are not finite', 'The model has diverged; lower its learning rate.')
+    if scores.shape != y.shape or len(scores) != len(studies):
+        raise GKError(f'scores {scores.shape} for labels {y.shape} of {len(studies)} studies', 'They must agree.')
+    if not np.isfinite(scores).all():
+        raise GKError(f'{int((~np.isfinite(scores)).sum())} scores are not finite', 'The model has diverged; lower its learning rate.')
     n = len(names)
-    return pd.DataFrame({**columns, 'study_id': np.repeat([s.study_id for s in studies], n), 'subject_id': np.repeat([s.subject_id for s in studies], n),
-                         'split': np.repeat([s.split for s in studies], n), 'label': list(names) * len(studies), 'y': y.ravel(), 'score': scores.ravel()})
+    return pd.DataFrame({**columns, 'study_id': np.repeat([s.study_id for s in studies], n),
+                         'subject_id': np.repeat([s.subject_id for s in studies], n),
+                         'split': np.repeat([s.split for s in studies], n), 'label': list(names) * len(studies), 'y': y.ravel(),
+                         'score': scores.ravel()})

@@ -78,13 +78,16 @@ class SimplePyramid(nn.Module):
         up = lambda: nn.Sequential(nn.ConvTranspose2d(inp, inp, 2, 2), nn.GroupNorm(1, inp), nn.GELU())
         self.scales = ((4.,) if stride >= 16 else ()) + ((2.,) if stride >= 8 else ()) + (1., .5) + ((.25,) if stride < 8 else ())
         resize = {4.: lambda: nn.Sequential(up(), up()), 2.: up, 1.: nn.Identity, .5: lambda: nn.MaxPool2d(2), .25: lambda: nn.MaxPool2d(4)}
-        def level(s): return nn.Sequential(resize[s](), nn.Conv2d(inp, out, 1), nn.GroupNorm(1, out), nn.Conv2d(out, out, 3, padding=1), nn.GroupNorm(1, out))
+        def level(s):
+            return nn.Sequential(resize[s](), nn.Conv2d(inp, out, 1), nn.GroupNorm(1, out), nn.Conv2d(out, out, 3, padding=1),
+                                 nn.GroupNorm(1, out))
         self.levels = nn.ModuleList(map(level, self.scales))
         self.strides = tuple(int(stride / s) for s in self.scales)
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         return OrderedDict((str(i), level(x)) for i, level in enumerate(self.levels))
 
+# %% ../../nbs/tasks/42_localization.ipynb #adb12dac
 class PyramidBackbone(nn.Module):
     "Encoder and pyramid, as torchvision's detectors ask for them. `model` is an `ImageEncoder` or a `RegionDetector`."
     def __init__(self, model: ImageEncoder | RegionDetector, out: int, frozen: bool):
@@ -105,7 +108,8 @@ class PyramidBackbone(nn.Module):
     def _map(self, images: Tensor) -> Tensor: # [B, C, g, g]
         if not self.vit: return self.model(images)
         v = self.model(images)[:, 1:]
-        return v.transpose(1, 2).unflatten(-1, (self.model.grid, -1)).contiguous() # as a view it has its channels last, with which bf16 steps take 1.6 times as long on a CPU
+        # as a view it has its channels last, with which bf16 steps take 1.6 times as long on a CPU
+        return v.transpose(1, 2).unflatten(-1, (self.model.grid, -1)).contiguous()
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen): x = self._map(images)
@@ -130,14 +134,16 @@ class FindingDetector(nn.Module):
     "Encoder, pyramid and head; `forward` gives losses, `detect` boxes."
     heads = ('net.head', 'net.rpn', 'net.roi_heads', 'net.backbone.pyramid') # what `head_lr` speeds up
 
-    def __init__(self, model: ImageEncoder | RegionDetector, classes: int, image_size: int, config: LocalizationConfig = LocalizationConfig()):
+    def __init__(self, model: ImageEncoder | RegionDetector, classes: int, image_size: int,
+                 config: LocalizationConfig = LocalizationConfig()):
         super().__init__()
         self.size, body = image_size, PyramidBackbone(model, config.channels, config.frozen)
         same = dict(min_size=image_size, max_size=image_size, image_mean=[0.], image_std=[1.], _skip_resize=True, size_divisible=1)
         strides = body.pyramid.strides
         if config.head == 'fcos':
             anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.,),) * len(strides))
-            self.net = FCOS(body, classes + 1, anchor_generator=anchors, score_thresh=.001, nms_thresh=.5, detections_per_img=config.max_detections, **same)
+            self.net = FCOS(body, classes + 1, anchor_generator=anchors, score_thresh=.001, nms_thresh=.5,
+                            detections_per_img=config.max_detections, **same)
         else:
             anchors = AnchorGenerator(tuple((4. * s, 6. * s) for s in strides), ((.5, 1., 2.),) * len(strides))
             pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], 5, 2, canonical_scale=image_size, canonical_level=4)

@@ -29,11 +29,14 @@ from ..training.trainer import TrainConfig, Trainer
 MEMORIES = ('image', 'gk', 'gk_null', 'gk_shuffled')
 
 def visual_memory(model: GKMVLP, batch: dict, kind: str) -> tuple[Tensor, Tensor]: # [B, S, D], bool [B, S]
-    "The memory that the decoder and the image-report encoder attend to. In training the model's training prompts are used, else its inference prompts; never the oracle's."
+    """The memory that the decoder and the image-report encoder attend to. In training the model's training prompts are used, else its
+    inference prompts; never the oracle's."""
     if kind not in MEMORIES: raise GKError(f'memory {kind!r}', f'Use one of: {", ".join(MEMORIES)}.')
     v = model.image_encoder(batch['images'])
     if kind == 'image': return model.memory(v, None, batch)
-    if not model.config.gk: raise GKError(f'memory {kind!r} needs a model with the GK module, this one has objective {model.config.objective!r}', "Use 'image'.")
+    if not model.config.gk:
+        raise GKError(f'memory {kind!r} needs a model with the GK module, this one has objective {model.config.objective!r}',
+                      "Use 'image'.")
     mode = model.config.train_prompts if model.training else model.config.prompts
     if mode == 'oracle': mode = 'predicted'                       # a picture to be reported has no report yet
     return model.memory(v, model.ground(v, batch, 'none' if kind == 'gk_null' else mode, shuffle=kind == 'gk_shuffled'), batch)
@@ -49,9 +52,13 @@ class GenerationConfig:
     scorers: tuple[str, ...] = ()    # of `evaluation.scorers`: chexbert, radgraph
 
     def __post_init__(self):
-        if wrong := [n for n in self.scorers if n not in SCORERS]: raise GKError(f'generation.scorers: {wrong[0]!r}', f'Use some of: {", ".join(SCORERS)}.')
-        if self.beams < 1 or self.max_new_tokens < 0 or self.no_repeat < 0: raise GKError(f'generation: beams {self.beams}, max_new_tokens {self.max_new_tokens}, no_repeat {self.no_repeat}', 'Use at least 1, 0 and 0.')
+        if wrong := [n for n in self.scorers if n not in SCORERS]:
+            raise GKError(f'generation.scorers: {wrong[0]!r}', f'Use some of: {", ".join(SCORERS)}.')
+        if self.beams < 1 or self.max_new_tokens < 0 or self.no_repeat < 0:
+            raise GKError(f'generation: beams {self.beams}, max_new_tokens {self.max_new_tokens}, no_repeat {self.no_repeat}',
+                          'Use at least 1, 0 and 0.')
 
+# %% ../../nbs/tasks/43_report_generation.ipynb #195735ac
 class ReportGenerator(nn.Module):
     "A pre-trained model that writes reports; `forward` gives the loss."
     heads = ('model.report_decoder',)                            # what `head_lr` speeds up
@@ -72,7 +79,8 @@ class ReportGenerator(nn.Module):
         "A report for each study."
         self.eval()
         device, room = self.model.logit_scale.device, self.model.config.max_length - 1
-        options = {'max_new_tokens': min(config.max_new_tokens or room, room), 'num_beams': config.beams, **({'length_penalty': config.length_penalty} if config.beams > 1 else {}), 'no_repeat_ngram_size': config.no_repeat}
+        options = {'max_new_tokens': min(config.max_new_tokens or room, room), 'num_beams': config.beams,
+                   **({'length_penalty': config.length_penalty} if config.beams > 1 else {}), 'no_repeat_ngram_size': config.no_repeat}
         out: list[str] = []
         for i in range(0, len(data), batch_size):
             b = {k: v.to(device) for k, v in data[list(range(i, min(i + batch_size, len(data))))].items()}
@@ -95,7 +103,8 @@ def fit_reports(model: GKMVLP, kind: str, train: StudySet, val: StudySet, # both
     "(fine-tuned generator, history). Resumes from run_dir/last.ckpt."
     torch.manual_seed(config.seed)
     net = ReportGenerator(model, kind)
-    trainer = Trainer(net, lambda m, b: m(b), train, config, run_dir, evaluate=lambda m: {'val_loss': mean_loss(m, val)}, monitor='val_loss', mode='min', quiet=quiet)
+    trainer = Trainer(net, lambda m, b: m(b), train, config, run_dir, evaluate=lambda m: {'val_loss': mean_loss(m, val)},
+                      monitor='val_loss', mode='min', quiet=quiet)
     history = trainer.fit()
     net.eval()
     return net, history

@@ -36,8 +36,10 @@ def answer_space(train: pd.DataFrame # of `question_frame`
     for a in train['answer']: out.setdefault(normalize_answer(a), a)
     return out
 
+# %% ../../nbs/tasks/44_vqa.ipynb #01f9dbb3
 class QASet(Dataset):
-    "Pictures that have questions, as tensors; `data[list of indices]` is a batch of pictures with all their questions. `frame` has one row per question, in the order of the pictures."
+    """Pictures that have questions, as tensors; `data[list of indices]` is a batch of pictures with all their questions. `frame` has one
+    row per question, in the order of the pictures."""
     def __init__(self, studies: Sequence[Study], # of one split
                  tokenizer, answers: Sequence[str], # normalised, in the order of their class numbers
                  image_size: int = 64, max_length: int = 48, **pictures): # the rest goes to `StudySet`
@@ -48,7 +50,8 @@ class QASet(Dataset):
         encode = lambda texts: tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors='pt')
         q, a = encode(self.frame['question']), encode(self.frame['answer'].map(normalize_answer))
         number = {n: i for i, n in enumerate(self.answers)}
-        self.fields = {'question_ids': q['input_ids'], 'question_mask': q['attention_mask'], 'answer_ids': a['input_ids'], 'answer_mask': a['attention_mask'],
+        self.fields = {'question_ids': q['input_ids'], 'question_mask': q['attention_mask'], 'answer_ids': a['input_ids'],
+                       'answer_mask': a['attention_mask'],
                        'answer': torch.tensor([number.get(normalize_answer(t), -1) for t in self.frame['answer']])}
 
     @property
@@ -59,7 +62,8 @@ class QASet(Dataset):
     def __len__(self) -> int: return len(self.pictures)
 
     def __getitem__(self, index: Sequence[int]) -> dict[str, Tensor]:
-        "Fields of `StudySet` [B, ...]; of the Q questions asked [Q], the row of the picture; question_ids, question_mask, answer_ids, answer_mask [Q, T]; answer [Q], -1 = not in the answer space."
+        """Fields of `StudySet` [B, ...]; of the Q questions asked [Q], the row of the picture; question_ids, question_mask, answer_ids,
+        answer_mask [Q, T]; answer [Q], -1 = not in the answer space."""
         i = torch.as_tensor(index).reshape(-1)
         rows = [torch.arange(self.first[k], self.first[k + 1]) for k in i]
         b = {k: v[torch.cat(rows)] for k, v in self.fields.items()}
@@ -81,7 +85,8 @@ class VQAModel(nn.Module):
         if form not in FORMS: raise GKError(f'VQA form {form!r}', f'Use one of: {", ".join(FORMS)}.')
         self.model, self.kind, self.form, self.answers = model, kind, form, list(answers)
         if form == 'classification':
-            if len(self.answers) < 2: raise GKError(f'{len(self.answers)} answer(s) to choose from', 'Use a training split with more answers.')
+            if len(self.answers) < 2:
+                raise GKError(f'{len(self.answers)} answer(s) to choose from', 'Use a training split with more answers.')
             self.norm, self.head = nn.LayerNorm(model.config.dim), nn.Linear(model.config.dim, len(self.answers))
 
     def encode(self, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,7 +94,8 @@ class VQAModel(nn.Module):
         m, seen = visual_memory(self.model, batch, self.kind)
         mask, at = batch['question_mask'].bool(), batch['asked']
         q = self.model.report_encoder(batch['question_ids'], batch['question_mask'])
-        q = self.model.image_report_encoder(q, mask, self.model.image_report_encoder.project(m), seen, picture=at, first=self.form == 'classification')[0]
+        q = self.model.image_report_encoder(q, mask, self.model.image_report_encoder.project(m), seen, picture=at,
+                                            first=self.form == 'classification')[0]
         return q, mask, m[at], seen[at]
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
@@ -104,7 +110,8 @@ class VQAModel(nn.Module):
 
 # %% ../../nbs/tasks/44_vqa.ipynb #6367d87b
 @torch.no_grad()
-def answer_questions(net: VQAModel, data: QASet, config: GenerationConfig = GenerationConfig(beams=1, max_new_tokens=12), batch_size: int = 32) -> list[str]:
+def answer_questions(net: VQAModel, data: QASet, config: GenerationConfig = GenerationConfig(beams=1, max_new_tokens=12),
+                     batch_size: int = 32) -> list[str]:
     "An answer for each question, in the order of `data.frame`; `batch_size` counts pictures."
     net.eval()
     device, out = net.model.logit_scale.device, []
@@ -115,18 +122,23 @@ def answer_questions(net: VQAModel, data: QASet, config: GenerationConfig = Gene
             q, mask, m, seen = net.encode(b)
             if net.form == 'classification': out += [net.answers[k] for k in net.head(net.norm(q[:, 0])).argmax(1).tolist()]
             else:
-                ids = net.model.report_decoder.generate(torch.cat([m, q], 1), torch.cat([seen, mask], 1), min(config.max_new_tokens or 12, net.model.config.max_length - 1), config.beams)
+                ids = net.model.report_decoder.generate(torch.cat([m, q], 1), torch.cat([seen, mask], 1),
+                                                        min(config.max_new_tokens or 12, net.model.config.max_length - 1), config.beams)
                 out += [t.strip() for t in net.model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
     finally: data.strength = strength
     return out
 
-def fit_vqa(model: GKMVLP, kind: str, form: str, train: QASet, val: QASet, config: TrainConfig, run_dir: str | Path, quiet: bool = False) -> tuple[VQAModel, pd.DataFrame]:
-    "(fine-tuned model, history); the epoch with the best validation accuracy (classification) or cross-entropy (generation). Resumes from run_dir/last.ckpt."
+def fit_vqa(model: GKMVLP, kind: str, form: str, train: QASet, val: QASet, config: TrainConfig, run_dir: str | Path,
+            quiet: bool = False) -> tuple[VQAModel, pd.DataFrame]:
+    """(fine-tuned model, history); the epoch with the best validation accuracy (classification) or cross-entropy (generation). Resumes
+    from run_dir/last.ckpt."""
     torch.manual_seed(config.seed)
     net = VQAModel(model, kind, form, train.answers)
-    config = replace(config, batch_size=max(1, round(config.batch_size * len(train) / len(train.frame)))) # batch_size of the settings counts questions
+    # batch_size of the settings counts questions
+    config = replace(config, batch_size=max(1, round(config.batch_size * len(train) / len(train.frame))))
     if form == 'classification':
-        best = dict(evaluate=lambda m: {'val_accuracy': float(vqa_metrics(val.frame.assign(prediction=answer_questions(m, val)))['accuracy'][0])}, monitor='val_accuracy', mode='max')
+        best = dict(evaluate=lambda m: {'val_accuracy': float(vqa_metrics(val.frame.assign(prediction=answer_questions(m,
+            val)))['accuracy'][0])}, monitor='val_accuracy', mode='max')
     else: best = dict(evaluate=lambda m: {'val_loss': mean_loss(m, val)}, monitor='val_loss', mode='min')
     history = Trainer(net, lambda m, b: m(b), train, config, run_dir, quiet=quiet, **best).fit()
     net.eval()
@@ -148,6 +160,9 @@ def load_vqa(folder: str | Path) -> VQAModel:
     except json.JSONDecodeError as err: raise GKError(f'{folder}/vqa.json: not JSON ({err})', 'Run the VQA task again.') from err
     net = VQAModel(GKMVLP.from_pretrained(folder), d['kind'], d['form'], d['answers'])
     try: missing, extra = net.load_state_dict(load_file(folder/'head.safetensors'), strict=False)
-    except (SafetensorError, RuntimeError, OSError) as err: raise GKError(f'{folder}/head.safetensors: missing, damaged or of another answer list ({str(err).splitlines()[0]})', 'Run the VQA task again.') from err
-    if extra or any(not k.startswith('model.') for k in missing): raise GKError(f'{folder}/head.safetensors: not the head of this model', 'Run the VQA task again.')
+    except (SafetensorError, RuntimeError, OSError) as err:
+        raise GKError(f'{folder}/head.safetensors: missing, damaged or of another answer list ({str(err).splitlines()[0]})',
+                      'Run the VQA task again.') from err
+    if extra or any(not k.startswith('model.') for k in missing):
+        raise GKError(f'{folder}/head.safetensors: not the head of this model', 'Run the VQA task again.')
     return net.eval()

@@ -49,7 +49,8 @@ def class_prompts(label: str, prompt_set: str) -> tuple[str, str]:
 @torch.no_grad()
 def text_embeddings(model: GKMVLP, texts: Sequence[str]) -> Tensor: # [T, E], unit length
     "ITC embeddings of sentences."
-    enc = model.tokenizer(list(texts), padding=True, truncation=True, max_length=model.config.max_length, return_tensors='pt').to(model.logit_scale.device)
+    enc = model.tokenizer(list(texts), padding=True, truncation=True, max_length=model.config.max_length,
+                          return_tensors='pt').to(model.logit_scale.device)
     t = model.report_encoder(enc['input_ids'], enc['attention_mask'])
     return F.normalize(model.text_proj(t[:, 0]).float(), dim=-1)
 
@@ -61,7 +62,8 @@ def prompt_embeddings(model: GKMVLP, labels: Sequence[str], prompt_sets: Sequenc
 
 # %% ../../nbs/tasks/41_zero_shot.ipynb #3c305058
 @torch.no_grad()
-def itc_scores(model: GKMVLP, data: StudySet, labels: Sequence[str], prompt_sets: Sequence[str] = tuple(PROMPT_SETS)) -> np.ndarray: # [N, C] in 0..1
+# [N, C] in 0..1
+def itc_scores(model: GKMVLP, data: StudySet, labels: Sequence[str], prompt_sets: Sequence[str] = tuple(PROMPT_SETS)) -> np.ndarray:
     "Probability of each label by sentences; several prompt sets are ensembled."
     model.eval()
     e, scale = prompt_embeddings(model, labels, prompt_sets), model.logit_scale.exp().clamp(1, 100)
@@ -89,7 +91,8 @@ def ecls_scores(model: GKMVLP, data: StudySet, labels: Sequence[str]) -> np.ndar
 
 # %% ../../nbs/tasks/41_zero_shot.ipynb #d8e0e203
 @torch.no_grad()
-def similarity_maps(model: GKMVLP, data: StudySet, labels: Sequence[str], prompt_sets: Sequence[str] = tuple(PROMPT_SETS)) -> np.ndarray: # [N, C, g, g]
+# [N, C, g, g]
+def similarity_maps(model: GKMVLP, data: StudySet, labels: Sequence[str], prompt_sets: Sequence[str] = tuple(PROMPT_SETS)) -> np.ndarray:
     "Patch against sentence."
     model.eval()
     e = prompt_embeddings(model, labels, prompt_sets)
@@ -113,7 +116,8 @@ def attention_maps(model: GKMVLP, data: StudySet, labels: Sequence[str],
     model.eval()
     index = torch.tensor(_entities(labels)) + 1                                     # 0 is the null prompt
     def step(b):
-        z = model.ground(model.image_encoder(b['images']), b, 'none' if control == 'null' else 'all', need_maps=True, shuffle=control == 'shuffled')
+        z = model.ground(model.image_encoder(b['images']), b, 'none' if control == 'null' else 'all', need_maps=True,
+                         shuffle=control == 'shuffled')
         a = z['prompt_attention'].mean(1)
         a = (a[:, :, :1].expand(-1, -1, len(index)) if control == 'null' else a[:, :, index.to(a.device)]) * z['region_valid'][..., None]
         return torch.einsum('brc,brn->bcn', a, z['patch_attention'].mean(1))

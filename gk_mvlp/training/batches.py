@@ -101,14 +101,17 @@ def _read_regions(path: Path, features: bool) -> dict[str, Tensor] | None:
 def _detected(detector, images: np.ndarray, batch_size: int, progress: bool) -> Iterator[dict[str, np.ndarray]]:
     for i in tqdm(range(0, len(images), batch_size), desc='regions', disable=not progress or len(images) < 500, mininterval=2):
         d = detector.detect(to_float(torch.from_numpy(images[i:i + batch_size])))
-        yield {k: d[k].float().cpu().numpy() for k in ('boxes', 'scores')} | {'valid': d['valid'].bool().cpu().numpy(), 'features': _half(d['features'])}
+        yield {k: d[k].float().cpu().numpy()
+               for k in ('boxes', 'scores')} | {'valid': d['valid'].bool().cpu().numpy(), 'features': _half(d['features'])}
 
+# %% ../../nbs/training/29_batches.ipynb #59edbbc8
 def detect_regions(detector, # RegionDetector
                    images: np.ndarray, # uint8 [N, S, S]
                    cache_dir: str | Path | None = None, batch_size: int = 32, progress: bool = True,
                    features: bool = True # False: boxes, validity and scores only
                    ) -> dict[str, Tensor]:
-    """region_boxes [N, 29, 4], region_valid [N, 29], region_scores [N, 29], region_features float16 [N, 29, C]; read from `cache_dir` if they are there.
+    """region_boxes [N, 29, 4], region_valid [N, 29], region_scores [N, 29], region_features float16 [N, 29, C]; read from `cache_dir` if
+    they are there.
     A `GKError` if they cannot be written there."""
     path = None if cache_dir is None else Path(cache_dir)/f'regions-{_key(detector, images)}.npz'
     if path is not None and (kept := _read_regions(path, features)): return kept
@@ -123,13 +126,16 @@ def detect_regions(detector, # RegionDetector
                     if room is None: room = np.empty((*shape, x.shape[-1]), np.float16)
                     room[at:at + len(x)] = x
                 else:
-                    if not at: np.lib.format.write_array_header_1_0(f, {'descr': '<f2', 'fortran_order': False, 'shape': (*shape, x.shape[-1])})
+                    if not at:
+                        np.lib.format.write_array_header_1_0(f, {'descr': '<f2', 'fortran_order': False, 'shape': (*shape, x.shape[-1])})
                     f.write(x.tobytes())
                 at += len(x)
         out = {f'region_{k}': np.concatenate([p[k] for p in parts]) for k in parts[0]}
         if path is not None:
             with atomic_write(path, 'wb') as f: np.savez(f, **out)
-    except OSError as err: raise GKError(f'{cache_dir}: regions cannot be written ({err.strerror})', 'Free some space there, or move the folder with GK_MVLP_OUT.') from err
+    except OSError as err:
+        raise GKError(f'{cache_dir}: regions cannot be written ({err.strerror})',
+                      'Free some space there, or move the folder with GK_MVLP_OUT.') from err
     out = {k: torch.from_numpy(v) for k, v in out.items()}
     if features: out['region_features'] = _read_features(path.with_suffix('.npy')) if path is not None else torch.from_numpy(room)
     return out
@@ -162,7 +168,8 @@ class StudySet(Dataset):
                  targets: np.ndarray | None = None, # [N, C] labels of a downstream task, NaN = unknown
                  max_prompts: int = 8, progress: bool = True,
                  true_boxes: bool = False, # the detector's features in the studies' own boxes, not in those it finds: an upper bound
-                 regions: str = 'features' # what will be read of the regions: 'features' (of a detector, and boxes), 'boxes', or '': no field of theirs
+                 # what will be read of the regions: 'features' (of a detector, and boxes), 'boxes', or '': no field of theirs
+                 regions: str = 'features'
                  ):
         if not studies: raise GKError('no studies', 'Check the split and the filters.')
         if regions not in ('features', 'boxes', ''): raise GKError(f'regions={regions!r}', "Use 'features', 'boxes' or ''.")
@@ -171,11 +178,13 @@ class StudySet(Dataset):
         self.images = torch.from_numpy(images)
         self.fields: dict[str, Tensor] = {}
         need = regions == 'features'
-        if regions and detector is not None and not true_boxes: self.fields |= detect_regions(detector, images, cache_dir, progress=progress, features=need)
+        if regions and detector is not None and not true_boxes:
+            self.fields |= detect_regions(detector, images, cache_dir, progress=progress, features=need)
         elif regions:
             boxes, valid = map(torch.from_numpy, true_regions(studies, frames))
             self.fields |= {'region_boxes': boxes, 'region_valid': valid}
-            if detector is not None and need: self.fields['region_features'] = describe_regions(detector, self.images, boxes, valid, cache_dir)
+            if detector is not None and need:
+                self.fields['region_features'] = describe_regions(detector, self.images, boxes, valid, cache_dir)
         if tokenizer is not None: self._add_texts(tokenizer, max_length, max_prompts)
         if targets is not None: self.fields['targets'] = torch.as_tensor(np.asarray(targets, np.float32))
 
@@ -185,8 +194,10 @@ class StudySet(Dataset):
 # %% ../../nbs/training/29_batches.ipynb #6e71e3b1
 @patch
 def __getitem__(self: StudySet, index: Sequence[int]) -> dict[str, Tensor]:
-    """images float [B, 1, S, S]; region_boxes [B, 29, 4], region_valid [B, 29] and, from a detector, region_scores [B, 29], region_features float [B, 29, C];
-    with a tokenizer input_ids, attention_mask [B, T], report_key, study_key [B], entities [B, E], relations [B, 29, E], oracle_prompts [B, P]; with targets, targets [B, C]."""
+    """images float [B, 1, S, S]; region_boxes [B, 29, 4], region_valid [B, 29] and, from a detector, region_scores [B, 29],
+    region_features float [B, 29, C];
+    with a tokenizer input_ids, attention_mask [B, T], report_key, study_key [B], entities [B, E], relations [B, 29, E], oracle_prompts
+    [B, P]; with targets, targets [B, C]."""
     i = torch.as_tensor(index).reshape(-1)
     b = {k: v[i] for k, v in self.fields.items()} | {'images': to_float(self.images[i])}
     if 'region_features' in b: b['region_features'] = b['region_features'].float()
@@ -227,7 +238,9 @@ def run_batches(data: StudySet, step, # function of a batch to a tensor [B, ...]
                 ):
     "Concatenate `step`'s results over all studies, in order and without augmentation."
     strength, data.strength = data.strength, 0.
-    try: parts = [send_to_device(step(send_to_device(data[list(range(i, min(i + batch_size, len(data))))], device)), 'cpu') for i in range(0, len(data), batch_size)]
+    try:
+        parts = [send_to_device(step(send_to_device(data[list(range(i, min(i + batch_size, len(data))))], device)), 'cpu')
+                 for i in range(0, len(data), batch_size)]
     finally: data.strength = strength
     if isinstance(parts[0], dict): return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     return torch.cat(parts)

@@ -66,6 +66,8 @@ def load_checkpoint(path: str | Path) -> dict:
     if not path.is_file(): raise GKError(f'{path}: no such checkpoint', 'Check the path, or train first.')
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, UnpicklingError, zipfile.BadZipFile) as err:
-        raise GKError(f'{path}: not a readable checkpoint ({type(err).__name__})', 'It is damaged or not ours: delete it to start that run anew.') from err
-    if not isinstance(state, dict): raise GKError(f'{path}: holds a {type(state).__name__}, not a checkpoint', 'Delete it to start that run anew.')
+        raise GKError(f'{path}: not a readable checkpoint ({type(err).__name__})',
+                      'It is damaged or not ours: delete it to start that run anew.') from err
+    if not isinstance(state, dict):
+        raise GKError(f'{path}: holds a {type(state).__name__}, not a checkpoint', 'Delete it to start that run anew.')
     return state

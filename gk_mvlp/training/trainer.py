@@ -51,18 +51,19 @@ class TrainConfig:
     precision: str = 'no'                # 'no' (float32), 'bf16' or 'fp16' autocast
     checkpoint_every: int = 50           # steps; the end of an epoch is always saved
     eval_every: int = 1                  # epochs; the last epoch is always evaluated
-    min_steps: int = 0                   # where all epochs together make fewer steps (1 % of the labels), epochs and eval_every are multiplied until they do
+    min_steps: int = 0  # where all epochs together make fewer steps (1 % of the labels), epochs and eval_every are multiplied until they do
     max_steps: int = 0                   # where they make more (thousands of questions), epochs are left out, down to one; 0 = no limit
     patience: int = 0                    # evaluations without a new best before stopping; 0 = never stop early
     keep_best: bool = True               # end with the weights of the best evaluation
     seed: int = 0
     lr_scale: dict[str, float] = field(default_factory=dict)  # parameter-name prefix -> factor on lr; the longest prefix wins
-    head_lr: float = 1.                  # factor on lr for the parts that a task adds or that write its answers: prefixes in the model's `heads`; `lr_scale` wins
+    # factor on lr for the parts that a task adds or that write its answers: prefixes in the model's `heads`; `lr_scale` wins
+    head_lr: float = 1.
     drop_last: bool = False              # leave out a last step that is not full
     num_workers: int = 0                 # processes that prepare batches
     ema: float = 0.                      # decay of an exponential moving average of the weights, which is then evaluated and kept; 0 = none
     compile: bool = False                # torch.compile: minutes at the start, faster steps after that on a GPU
-    shard: bool = False                  # split gradients, moments and the weights that train over all processes (FSDP); False: each holds all (DDP)
+    shard: bool = False  # split gradients, moments and the weights that train over all processes (FSDP); False: each holds all (DDP)
 
     def __post_init__(self):
         def need(ok, name, rule):
@@ -78,7 +79,8 @@ class TrainConfig:
         need(0 <= self.ema < 1, 'ema', 'from 0 to below 1')
         need(self.precision in ('no', 'bf16', 'fp16'), 'precision', "'no', 'bf16' or 'fp16'")
         need(all(v >= 0 for v in self.lr_scale.values()), 'lr_scale', 'a dict of factors of at least 0')
-        need(not self.shard or not (self.ema or self.compile or self.precision == 'fp16'), 'shard', "false with ema, compile or precision 'fp16'")
+        need(not self.shard or not (self.ema or self.compile or self.precision == 'fp16'), 'shard',
+             "false with ema, compile or precision 'fp16'")
 
 # %% ../../nbs/training/31_trainer.ipynb #131f8b03
 def step_generator(seed: int, epoch: int, step: int # the step in the epoch, or the first sample index of the batch
@@ -99,7 +101,8 @@ def epoch_steps(n: int, # samples
 # %% ../../nbs/training/31_trainer.ipynb #3875b670
 def bounded(config: TrainConfig, n: int # samples
             ) -> TrainConfig:
-    "`config` with so many epochs that there are `min_steps` to `max_steps` steps, where whole epochs allow it; longer training evaluates as often as before."
+    """`config` with so many epochs that there are `min_steps` to `max_steps` steps, where whole epochs allow it; longer training
+    evaluates as often as before."""
     each = max(1, len(epoch_steps(n, config, 0)))
     k = math.ceil(config.min_steps / (config.epochs * each))
     if k > 1: return replace(config, epochs=k * config.epochs, eval_every=k * config.eval_every)
@@ -135,7 +138,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 class _State:
     "What was given, and where the run stands."
     def __init__(self, model: nn.Module,
-                 loss_fn: Callable[[nn.Module, dict], dict[str, Tensor]], # scalars; 'loss' is minimised (the mean over the batch), the others logged
+                 # scalars; 'loss' is minimised (the mean over the batch), the others logged
+                 loss_fn: Callable[[nn.Module, dict], dict[str, Tensor]],
                  train_set: Dataset, # map-style; may have `__getitems__(indices) -> dict of tensors` and `set_epoch(epoch)`
                  config: TrainConfig,
                  run_dir: str | Path, # gets last.ckpt, best-<epoch>.ckpt, history.csv, tensorboard/
@@ -152,7 +156,9 @@ class _State:
         self.model, self.loss_fn, self.data, self.config, self.run_dir = model, loss_fn, train_set, config, Path(run_dir)
         self.evaluate, self.monitor, self.sign, self.collate, self.quiet = evaluate, monitor, 1 if mode == 'max' else -1, collate, quiet
         self.steps_per_epoch = len(epoch_steps(len(train_set), config, 0))
-        if not self.steps_per_epoch: raise GKError(f'drop_last leaves no step: {len(train_set)} samples for {config.batch_size * config.accumulation} a step', 'Lower batch_size.')
+        if not self.steps_per_epoch:
+            raise GKError(f'drop_last leaves no step: {len(train_set)} samples for {config.batch_size * config.accumulation} a step',
+                          'Lower batch_size.')
         self.total_steps = self.steps_per_epoch * config.epochs
         self._rewind()
 
@@ -166,14 +172,18 @@ class _State:
     @property
     def last_path(self) -> Path: "The checkpoint to resume from."; return self.run_dir/'last.ckpt'
     @property
-    def best_path(self) -> Path | None: "The best weights so far."; return self.run_dir/f'best-{self.best_epoch}.ckpt' if self.best_epoch is not None else None
+    def best_path(self) -> Path | None:
+        "The best weights so far."
+        return self.run_dir/f'best-{self.best_epoch}.ckpt' if self.best_epoch is not None else None
 
 # %% ../../nbs/training/31_trainer.ipynb #d649411b
 def split(model: nn.Module, device: torch.device) -> nn.Module:
     "A copy of `model`, as the first process has it, whose parameters are split over all processes."
     for t in model.state_dict().values(): dist.broadcast(t, 0)
     model = copy.deepcopy(model)
-    if hasattr(model, 'slow_towers'): raise GKError('a queue (model.queue) with train.shard', 'Set queue to 0 or shard to false: slow towers cannot follow weights that no process has whole.')
+    if hasattr(model, 'slow_towers'):
+        raise GKError('a queue (model.queue) with train.shard',
+                      'Set queue to 0 or shard to false: slow towers cannot follow weights that no process has whole.')
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for m in model.modules():
         if isinstance(m, (Block, BertLayer)): fully_shard(m, mesh=mesh)
@@ -188,7 +198,8 @@ def gather(split: nn.Module, whole: nn.Module) -> None:
 def scatter(whole: nn.Module, split: nn.Module) -> None:
     "The reverse of `gather`: every process takes its parts."
     full = whole.state_dict()
-    for k, v in split.state_dict().items(): v.copy_(distribute_tensor(full[k], v.device_mesh, v.placements) if isinstance(v, DTensor) else full[k])
+    for k, v in split.state_dict().items():
+        v.copy_(distribute_tensor(full[k], v.device_mesh, v.placements) if isinstance(v, DTensor) else full[k])
 
 # %% ../../nbs/training/31_trainer.ipynb #492f30ec
 _attention = F.scaled_dot_product_attention
@@ -196,12 +207,15 @@ _attention = F.scaled_dot_product_attention
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, # [..., Q, d], [..., S, d], [..., S, e]
                     attn_mask: Tensor | None = None, # bool (True = may be attended to) or added to the scores; broadcasts to [..., Q, S]
                     dropout_p: float = 0., is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
-    "`F.scaled_dot_product_attention` as its formula, in the type of `query`. A row in which all is masked gives the mean of the values, where PyTorch's gives zero."
+    """`F.scaled_dot_product_attention` as its formula, in the type of `query`. A row in which all is masked gives the mean of the
+    values, where PyTorch's gives zero."""
     if enable_gqa: return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
     with torch.autocast(query.device.type, enabled=False):       # autocast would take the softmax to float32
         s, low = (query * (query.shape[-1] ** -.5 if scale is None else scale)) @ key.transpose(-1, -2), torch.finfo(query.dtype).min
         if is_causal: attn_mask = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
-        if attn_mask is not None and attn_mask.dtype == torch.bool: attn_mask = torch.zeros_like(attn_mask, dtype=s.dtype).masked_fill_(~attn_mask, low)   # small: [B, 1, 1, S] for most
+        # small: [B, 1, 1, S] for most
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=s.dtype).masked_fill_(~attn_mask, low)
         if attn_mask is not None: s = s + attn_mask.to(s.dtype).clamp(min=low)
         return F.dropout(s.softmax(-1), dropout_p) @ value if dropout_p else s.softmax(-1) @ value
 
@@ -224,9 +238,12 @@ class _Setup(_State):
     def trained(self) -> nn.Module: "Whose parameters the optimizer holds."; return self.wrapped if self.sharded else self.model
 
     def _setup(self) -> None:
-        # an objective leaves parts idle (softmax ECLS the entities' bias, ITC the decoder), which data-parallel training takes for an error unless told to look for them
-        c, world = self.config, Accelerator(mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-        if c.precision == 'fp16' and world.device.type == 'cpu': raise GKError("precision 'fp16' needs a GPU", "Use 'bf16' or 'no' on a CPU.")
+        # an objective leaves parts idle (softmax ECLS the entities' bias, ITC the decoder), which data-parallel training takes for an error
+        # unless told to look for them
+        c = self.config
+        world = Accelerator(mixed_precision='no', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        if c.precision == 'fp16' and world.device.type == 'cpu':
+            raise GKError("precision 'fp16' needs a GPU", "Use 'bf16' or 'no' on a CPU.")
         self.acc, self.device = world, world.device
         self.model.to(self.device)
         self.wrapped = split(self.model, self.device) if self.sharded else self.acc.prepare_model(self.model)
@@ -242,7 +259,9 @@ class _Setup(_State):
         with attention_backend(self.device.type), torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None): yield
 
     @property
-    def kept(self) -> nn.Module: "The weights that count: the average where there is one."; return self.ema.module if self.ema is not None else self.model
+    def kept(self) -> nn.Module:
+        "The weights that count: the average where there is one."
+        return self.ema.module if self.ema is not None else self.model
 
     def _say(self, text: str) -> None:
         if not self.quiet and self.acc.is_main_process: print(text, flush=True)
@@ -261,11 +280,15 @@ class _Saving(_Setup):
         if self.sharded: gather(self.wrapped, self.model)
         states = gather_object([rng_state()])             # one per process
         moments = self.opt.state_dict()
-        if self.sharded: moments['state'] = {i: {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in s.items()} for i, s in moments['state'].items()}
+        if self.sharded:
+            moments['state'] = {i: {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in s.items()}
+                                for i, s in moments['state'].items()}
         if self.acc.is_main_process:
             save_checkpoint(self.last_path, {
-                'identity': self._identity(), 'model': self.model.state_dict(), 'optimizer': moments, 'schedule': self.schedule.state_dict(),
-                'scaler': self.scaler.state_dict(), 'ema': self.ema.state_dict() if self.ema is not None else {}, 'rng': states, 'epoch': self.epoch, 'step': self.step, 'sums': self.sums, 'history': self.history,
+                'identity': self._identity(), 'model': self.model.state_dict(), 'optimizer': moments,
+                'schedule': self.schedule.state_dict(),
+                'scaler': self.scaler.state_dict(), 'ema': self.ema.state_dict() if self.ema is not None else {}, 'rng': states,
+                'epoch': self.epoch, 'step': self.step, 'sums': self.sums, 'history': self.history,
                 'best': self.best, 'best_epoch': self.best_epoch, 'bad_evaluations': self.bad_evaluations, 'done': self.done})
             for old in self.run_dir.glob('best-*.ckpt'):
                 if old != self.best_path: old.unlink()
@@ -278,7 +301,8 @@ class _Resuming(_Saving):
         "Take over last.ckpt, if there is one; returns it."
         if not self.last_path.exists(): return None
         ck = load_checkpoint(self.last_path)
-        if 'identity' not in ck: raise GKError(f'{self.last_path}: not a checkpoint of this trainer', 'Delete it or use another run folder.')
+        if 'identity' not in ck:
+            raise GKError(f'{self.last_path}: not a checkpoint of this trainer', 'Delete it or use another run folder.')
         old, new = ck['identity'], self._identity()
         for k in new:
             if old.get(k) == new[k]: continue
@@ -288,7 +312,8 @@ class _Resuming(_Saving):
                 k, was, now = f'{k} {n!r}', was.get(n), now.get(n)
             elif isinstance(was, list) and isinstance(now, list):
                 was, now = (sorted(set(a) - set(b))[:3] for a, b in ((was, now), (now, was)))
-            raise GKError(f'{self.last_path}: made with other settings ({k}: {was} there, {now} now)', 'Use another run folder, or delete this one to start anew.')
+            raise GKError(f'{self.last_path}: made with other settings ({k}: {was} there, {now} now)',
+                          'Use another run folder, or delete this one to start anew.')
         self.model.load_state_dict(ck['model'])
         moments = ck['optimizer']
         if self.sharded:
@@ -310,7 +335,8 @@ class _Stepping(_Resuming):
         for name in sorted(values, key=('loss', 'grad_norm').count):     # the parts first: they say where it comes from
             if not math.isfinite(values[name]):
                 raise GKError(f'{name} is {values[name]} at epoch {self.epoch + 1}, step {self.step + 1} of {self.steps_per_epoch}',
-                              f'The last good checkpoint is kept in {self.run_dir}. Lower lr or use another precision, in a new run folder.')
+                              f'The last good checkpoint is kept in {self.run_dir}. '
+                              'Lower lr or use another precision, in a new run folder.')
 
     def _train_step(self, batches: Iterator[dict], sizes: list[int]) -> dict[str, float]:
         "One update from `len(sizes)` backward passes; returns the mean losses, the gradient norm and the learning rate used."
@@ -320,7 +346,8 @@ class _Stepping(_Resuming):
             batch, weight = send_to_device(next(batches), self.device, non_blocking=True), size / sum(sizes)
             with nullcontext() if i == len(sizes) - 1 else self.acc.no_sync(self.wrapped):
                 with self._autocast(): losses = self.loss_fn(self.wrapped, batch)
-                if 'loss' not in losses: raise GKError(f"loss_fn returned {sorted(losses)} without 'loss'", "Return a dict with the key 'loss'.")
+                if 'loss' not in losses:
+                    raise GKError(f"loss_fn returned {sorted(losses)} without 'loss'", "Return a dict with the key 'loss'.")
                 self.acc.backward(self.scaler.scale(losses['loss'] * weight))
             for k, v in losses.items(): totals[k] = totals.get(k, 0.) + torch.as_tensor(v, device=self.device).detach().float() * weight
         self.scaler.unscale_(self.opt)
@@ -343,7 +370,8 @@ class _Epochs(_Stepping):
         steps = epoch_steps(len(self.data), self.config, self.epoch)[self.step:]
         world = self.acc.num_processes
         steps = [kept for s in steps if (kept := [b for b in s if len(b) >= world])]
-        batches = iter(make_loader(self.data, [b for s in steps for b in s], self.config.num_workers, self.collate, self.acc.process_index, world))
+        batches = iter(make_loader(self.data, [b for s in steps for b in s], self.config.num_workers, self.collate, self.acc.process_index,
+                                   world))
         self.wrapped.train()
         for s in steps:
             start, n = time.perf_counter(), sum(map(len, s))
@@ -363,7 +391,8 @@ class _Epochs(_Stepping):
         self.kept.eval()
         with torch.no_grad(): out = {k: float(v) for k, v in self.evaluate(self.kept).items()}
         set_rng_state(caller)
-        if self.monitor and self.monitor not in out: raise GKError(f'evaluate returned {sorted(out)} without the monitored {self.monitor!r}', 'Correct monitor=.')
+        if self.monitor and self.monitor not in out:
+            raise GKError(f'evaluate returned {sorted(out)} without the monitored {self.monitor!r}', 'Correct monitor=.')
         return out
 
 # %% ../../nbs/training/31_trainer.ipynb #7738ba54
@@ -380,7 +409,8 @@ class _EpochEnds(_Epochs):
                 value = row[self.monitor]
                 if math.isfinite(value) and (self.best is None or self.sign * value > self.sign * self.best):
                     self.best, self.best_epoch, self.bad_evaluations = value, self.epoch + 1, 0
-                    if self.config.keep_best and self.acc.is_main_process: save_checkpoint(self.best_path, {'model': self.kept.state_dict(), 'epoch': self.epoch + 1, 'value': value})
+                    if self.config.keep_best and self.acc.is_main_process:
+                        save_checkpoint(self.best_path, {'model': self.kept.state_dict(), 'epoch': self.epoch + 1, 'value': value})
                 else: self.bad_evaluations += 1
         row |= {'images_per_s': n / seconds, 'seconds': seconds}
         self.history.append(row)
@@ -404,10 +434,12 @@ class _EpochEnds(_Epochs):
 class Trainer(_EpochEnds):
     """Trains `model` with `loss_fn` on `train_set`; see `_State` for the arguments and `fit` for what happens.
 
-    Runs on a CPU or one GPU; several processes through accelerate's launcher (data parallel, or sharded with `shard`; two on a CPU give the weights of one with the whole batch).
+    Runs on a CPU or one GPU; several processes through accelerate's launcher (data parallel, or sharded with `shard`; two on a CPU give
+    the weights of one with the whole batch).
     The logged losses are the main process's own; every process evaluates the whole validation set."""
     def fit(self) -> pd.DataFrame:
-        "Train to the end, or from `last.ckpt` to the end. Returns the history, one row an epoch; the model then holds the best (or last) weights."
+        """Train to the end, or from `last.ckpt` to the end. Returns the history, one row an epoch; the model then holds the best (or
+        last) weights."""
         caller = rng_state()
         try:
             self._rewind(); self._setup()
@@ -416,7 +448,8 @@ class Trainer(_EpochEnds):
             if self.done: self._write_history()
             else: self._run(resumed)
         finally: set_rng_state(caller)
-        self.model.load_state_dict(load_checkpoint(self.best_path)['model'] if self.config.keep_best and self.best_epoch is not None else self.kept.state_dict())
+        self.model.load_state_dict(load_checkpoint(self.best_path)['model'] if self.config.keep_best
+                                   and self.best_epoch is not None else self.kept.state_dict())
         self.model.eval()
         return pd.DataFrame(self.history)
 
