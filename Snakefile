@@ -1,5 +1,6 @@
 # The study as a graph. Each job runs one notebook through gk_mvlp.study.run, which checks parameters and keeps failed notebooks.
-# Priorities: what most jobs wait for first, then the longest; so that the tables of tasks are made beside other jobs and few are left for the end.
+# Priorities: what most jobs wait for first, then the longest; so that the tables of tasks are made beside other jobs and few are left
+# for the end.
 # Called by `gk-mvlp paper`. Settings are plain params, so that Snakemake sees when they change. Checkpoints are not declared as
 # outputs, because outputs of a failed job are deleted and a resumed job needs them.
 import json
@@ -39,6 +40,10 @@ def settings_of(method):
     overrides = method_settings(P, method)[1]
     return {"overrides": overrides} if overrides else {}
 
+def finetune_of(task):
+    "How a task trains."
+    return P.finetune | P.task_finetune.get(task, {})
+
 def model_of(w):
     "The folder of a method's pre-trained model; '' for a method without pre-training."
     return f"{RUNS}/pretrain/{w.method}-s{w.seed}/model" if pretrained(w.method) else ""
@@ -52,7 +57,11 @@ rule all:
 rule detector:
     input: nb="nbs/experiments/70_detector.ipynb"
     output: f"{DETECTOR}/metrics.json"
-    params: code=CODE["detector"], label="detector", p=given(seed=P.seeds[0]), settings=json.dumps([P.data, P.detector, P.detector_dataset, P.dataset_options.get(P.detector_dataset)])
+    params:
+        code=CODE["detector"],
+        label="detector",
+        p=given(seed=P.seeds[0]),
+        settings=json.dumps([P.data, P.detector, P.detector_dataset, P.dataset_options.get(P.detector_dataset)])
     threads: int(config.get("cores", 1))  # it runs alone: all others wait for it
     shell: RUN
 
@@ -74,8 +83,10 @@ rule classification:
     params:
         code=CODE["classification"],
         label=lambda w: f"classification of {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
-        p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w)),
-        settings=lambda w: json.dumps([P.data, P.model, P.finetune, P.dataset_options.get(w.dataset), P.classes.get(w.dataset)])
+        p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR,
+                          checkpoint=model_of(w)),
+        settings=lambda w: json.dumps([P.data, P.model, finetune_of("classification"), P.dataset_options.get(w.dataset),
+                                       P.classes.get(w.dataset)])
     shell: RUN
 
 TASK_NOTEBOOKS = {"zero_shot": "73", "localization": "74", "report_generation": "75", "vqa": "76"}
@@ -88,8 +99,10 @@ rule task:
     params:
         code=CODE["vqa"],
         label=lambda w: f"{w.task} on {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
-        p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w)),
-        settings=lambda w: json.dumps([P.data, P.model, P.finetune, P.localization, P.generation, P.dataset_options.get(w.dataset), P.classes.get(w.dataset)])
+        p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR,
+                          checkpoint=model_of(w)),
+        settings=lambda w: json.dumps([P.data, P.model, finetune_of(w.task), P.localization, P.generation, P.dataset_options.get(w.dataset),
+                                       P.classes.get(w.dataset)])
     shell: RUN
 
 rule probing:
@@ -98,8 +111,10 @@ rule probing:
     params:
         code=CODE["probing"],
         label=lambda w: f"probing {w.method} on {w.dataset}, seed {w.seed}",
-        p=lambda w: given(dataset=w.dataset, method=w.method, seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w), **settings_of(w.method)),
-        settings=lambda w: json.dumps([P.data, P.model, P.probing, P.generation, P.ratios, P.dataset_options.get(w.dataset), P.classes.get(w.dataset)])
+        p=lambda w: given(dataset=w.dataset, method=w.method, seed=int(w.seed), detector=DETECTOR, checkpoint=model_of(w),
+                          **settings_of(w.method)),
+        settings=lambda w: json.dumps([P.data, P.model, P.probing, P.generation, P.ratios, P.dataset_options.get(w.dataset),
+                                       P.classes.get(w.dataset)])
     shell: RUN
 
 CLASSIFICATION = [f"{RUNS}/classification/{j}/metrics.json" for j in classification_jobs(P)]
@@ -119,7 +134,9 @@ rule task_tables:
     shell: RUN
 
 rule study:
-    input: [f"{RUNS}/probing/{j}/metrics.json" for j in probing_jobs(P)], rules.tables.output, rules.task_tables.output if P.tasks else [], nb="nbs/paper/97_study.ipynb"
+    input:
+        [f"{RUNS}/probing/{j}/metrics.json" for j in probing_jobs(P)], rules.tables.output,
+        rules.task_tables.output if P.tasks else [], nb="nbs/paper/97_study.ipynb"
     output: f"{RUNS}/study/metrics.json"
     params: code=CODE["paper"], label="ablations, robustness, grounding, subgroups, scaling", p=given(runs=RUNS, results=RESULTS)
     shell: RUN
@@ -131,12 +148,16 @@ rule figures:
     shell: RUN
 
 rule report:
-    input: rules.tables.output, rules.figures.output, rules.task_tables.output if P.tasks else [], rules.study.output if P.probing else [], nb="nbs/paper/93_report.ipynb"
+    input:
+        rules.tables.output, rules.figures.output, rules.task_tables.output if P.tasks else [],
+        rules.study.output if P.probing else [], nb="nbs/paper/93_report.ipynb"
     output: f"{RUNS}/report/metrics.json"
     params: code=CODE["paper"], label="report", p=given(runs=RUNS, results=RESULTS)
     shell: RUN
 
 rule manifest:
-    input: rules.tables.output, rules.figures.output, rules.task_tables.output if P.tasks else [], rules.study.output if P.probing else [], rules.report.output
+    input:
+        rules.tables.output, rules.figures.output, rules.task_tables.output if P.tasks else [],
+        rules.study.output if P.probing else [], rules.report.output
     output: f"{RESULTS}/manifest.json"
     shell: "python -m gk_mvlp.study.collect {RUNS} {RESULTS}"

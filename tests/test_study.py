@@ -225,18 +225,38 @@ own = run.code_hash
 run.code_hash = lambda stage: 'another' if stage in {stages!r} else own(stage)"""
 
 
+RULES = {'detector', 'pretrain', 'classification', 'task', 'probing', 'tables', 'task_tables', 'study', 'figures', 'report', 'manifest'}
+
+
+def rules_again(out, folder, patch):
+    "Rules that a second call of a finished study would run if `patch` had been in the library."
+    (folder/'sitecustomize.py').write_text(patch)
+    r = paper(out, '--dry-run', PYTHONPATH=f'{folder}{os.pathsep}{ROOT}')
+    assert r.returncode == 0, r.stderr
+    lines = [line.split() for line in r.stdout.splitlines()]
+    return {x[0] for x in lines if x and x[0] in RULES and x[-1].isdigit()}
+
+
 @pytest.mark.parametrize('stages, again', [((), set()), (('paper',), {'tables', 'task_tables', 'study', 'figures', 'report', 'manifest'}),
                                            (('probing',), {'probing', 'study', 'figures', 'report', 'manifest'})])
 def test_what_runs_again_when_code_has_changed(study, tmp_path, stages, again):
     "The stages whose code has another text, and what rests on them; a library file that was only written anew is no change."
-    out, _ = study
-    (tmp_path/'sitecustomize.py').write_text(CHANGED.format(stages=stages))
     os.utime(ROOT/'gk_mvlp/models/losses.py')
-    r = paper(out, '--dry-run', PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}')
-    assert r.returncode == 0, r.stderr
-    rules = {'detector', 'pretrain', 'classification', 'task', 'probing', 'tables', 'task_tables', 'study', 'figures', 'report', 'manifest'}
-    assert {line.split()[0] for line in r.stdout.splitlines() if line.split()[:1] and line.split()[0] in rules
-            and line.split()[-1].isdigit()} == again
+    assert rules_again(study[0], tmp_path, CHANGED.format(stages=stages)) == again
+
+
+OTHER = """
+import dataclasses
+from gk_mvlp import config
+own = config.load_preset
+config.load_preset = lambda name: dataclasses.replace(own(name), **{change!r})"""
+
+
+@pytest.mark.parametrize('task, again', [
+    ('vqa', {'task', 'task_tables', 'study', 'figures', 'report', 'manifest'}),
+    ('classification', {'classification', 'tables', 'study', 'figures', 'report', 'manifest'})])
+def test_what_runs_again_when_a_task_trains_otherwise(study, tmp_path, task, again):
+    assert rules_again(study[0], tmp_path, OTHER.format(change={'task_finetune': {task: {'lr': .01}}})) == again
 
 
 def test_snakemake_has_the_timers_that_the_snakefile_turns_off(root):
