@@ -3,6 +3,7 @@
 `python benchmarks/all.py [NAME ...]` runs all or the named ones, `--table` only writes the table (benchmarks/README.md). A benchmark
 that fails does not stop the others; the exit status is then 1.
 """
+import ast
 import json
 import subprocess
 import sys
@@ -10,22 +11,25 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NAMES = sorted(p.stem for p in HERE.glob('*.py') if p.stem not in ('all', 'common'))
-MACHINE = ('cpu', 'cpus', 'threads', 'torch', 'python')
+MACHINE = ('cpu', 'cpus', 'threads', 'torch', 'python', 'gpu')
 
 
 def about(name: str) -> str:
-    "The first line of a benchmark's docstring."
-    return (HERE/f'{name}.py').read_text(encoding='utf-8').lstrip().lstrip('"').split('\n')[0].rstrip('"')
+    "The first sentence of a benchmark's docstring."
+    text = ast.get_docstring(ast.parse((HERE/f'{name}.py').read_text(encoding='utf-8')))
+    return ' '.join(text.split('\n\n')[0].split()).split('. ')[0].rstrip('.') + '.'
 
 
 def table() -> str:
     "All results as Markdown, a section per benchmark."
-    out = ['# Speed', '', 'Written by `make bench` from `benchmarks/results/*.json`. Ratios compare ways that ran in turn on one machine; '
-                          'they carry over to other machines better than rates do.', '']
+    out = ['# Speed', '',
+           'Written by `make bench` from `benchmarks/results/*.json`. Ratios compare ways that ran in turn on one machine; they carry over '
+           'to other machines better than rates do.', '']
     for path in sorted((HERE/'results').glob('*.json')):
         r = json.loads(path.read_text(encoding='utf-8'))
         out += [f'## {path.stem}', '', about(path.stem), '',
-                f'On {r["cpu"]}, {r["cpus"]} cores, {r["threads"]} thread(s), torch {r["torch"]}, Python {r["python"]}.', '',
+                f'On {r["gpu"] + ", " if "gpu" in r else ""}{r["cpu"]}, {r["cpus"]} cores, {r["threads"]} thread(s), torch {r["torch"]}, '
+                f'Python {r["python"]}.', '',
                 '| figure | value |', '|:--|--:|']
         out += [f'| {k} | {v:,.3g} |' if isinstance(v, float) and abs(v) < 1000 else f'| {k} | {v:,.0f} |'
                 if isinstance(v, (int, float)) else f'| {k} | {v} |' for k, v in r.items() if k not in MACHINE]

@@ -2,9 +2,9 @@
 gradients and AdamW's moments.
 
 FLOPs are those of matrix products, convolutions and attention (`torch.utils.flop_counter`), two per multiplication with addition, of one
-forward pass in training mode without dropout's effect; a backward
-pass costs twice as much. The knowledge encoder is frozen: its texts were encoded when the model was made, and prompts cost nothing.
-Region features are given, as they are cached in training. open_clip's CoCa of the same size (`pretrain_step`) stands beside it.
+forward pass in training mode without dropout's effect; a backward pass costs twice as much. The knowledge encoder is frozen: its texts
+were encoded when the model was made, and prompts cost nothing. Region features are given, as they are cached in training. open_clip's
+CoCa of the same size (`pretrain_step`) stands beside it.
 """
 import torch
 from common import write

@@ -1,9 +1,8 @@
 """Mean average precision of a test set of RSNA's size (5,337 images): ours beside pycocotools, which must give the same number.
 
 Ours starts from the table of detections, pycocotools from ready lists of dicts; it computes one area range and one limit of detections,
-which is the least it can do. Both thresholds' sets
-(`map_40_75` and COCO's) are computed. `resamples_per_s` is what the intervals need: the same metric for patients drawn anew, which
-pycocotools could give only by running again.
+which is the least it can do. Both thresholds' sets (`map_40_75` and COCO's) are computed. `resamples_per_s` is what the intervals need:
+the same metric for patients drawn anew, which pycocotools could give only by running again.
 """
 import contextlib
 import io

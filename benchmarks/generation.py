@@ -2,8 +2,8 @@
 cache, and beside the same search without any cache.
 
 All three hold the same weights and attend to the same visual memory (197 patches and 29 regions), and must write the same tokens. Every
-text runs to its full length. The search without a cache
-may be cut off after `--limit` seconds; `uncached_tokens` then says how far it came, and `ratio_to_uncached` is a lower bound.
+text runs to its full length. The search without a cache may be cut off after `--limit` seconds; `uncached_tokens` then says how far it
+came, and `ratio_to_uncached` is a lower bound.
 """
 import argparse
 

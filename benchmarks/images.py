@@ -1,12 +1,11 @@
 """Full-size JPEGs to squares of 224 pixels: ours, with and without the cache, beside the field's usual way.
 
 The pictures are the phantom's, exported as MIMIC-CXR-JPG at 3053 x 2544 pixels, JPEG quality 95. The time of entropy decoding, which
-nobody can skip, grows with the bytes, so the phantom's noise is set (.5) for files of
-about 1.5 MB, the mean of MIMIC-CXR-JPG; `_noisy` are the same figures at the phantom's default noise (1), where files are half as large
-again.
-Yardstick: cv2.imread grey, cv2.resize with INTER_AREA to the longest side, pad with zeros. One thread each; both read files that the
-system has in memory. The ways take turns, round by round, and per way the fastest round
-counts: on a machine that does other work too, `load_average` says how much, the ratios hold better than the rates. `pip install opencv-python-headless` for the comparison.
+nobody can skip, grows with the bytes, so the phantom's noise is set (.5) for files of about 1.5 MB, the mean of MIMIC-CXR-JPG; `_noisy`
+are the same figures at the phantom's default noise (1), where files are half as large again. Yardstick: cv2.imread grey, cv2.resize with
+INTER_AREA to the longest side, pad with zeros. One thread each; both read files that the system has in memory. The ways take turns,
+round by round, and per way the fastest round counts: on a machine that does other work too, `load_average` says how much, the ratios
+hold better than the rates. `pip install opencv-python-headless` for the comparison.
 """
 import os
 import tempfile

@@ -1,12 +1,10 @@
 """One pre-training step at paper size on this machine: ours with and without GK, beside open_clip's CoCa.
 
 ViT-B/16 at 224 px, 12-layer report encoder, 6-layer image-report encoder, 6-layer decoder, 60 tokens, batch 4, forward, backward and
-optimizer. CoCa (ViT-B/16, 12 + 12 text layers)
-does ITC and LM only, which is less work. Each configuration runs in a process of its own (so that its peak memory is its own), the
-configurations in turn, in several rounds; the fastest step of
-all rounds counts, and the load averages of the machine are noted. All configurations run under the same allocator settings
-(`ALLOCATOR`). The detector's region features are given, as they are cached in training,
-and the knowledge encoder is frozen, as `PAPER_SIZE` has it.
+optimizer. CoCa (ViT-B/16, 12 + 12 text layers) does ITC and LM only, which is less work. Each configuration runs in a process of its own
+(so that its peak memory is its own), the configurations in turn, in several rounds; the fastest step of all rounds counts, and the load
+averages of the machine are noted. All configurations run under the same allocator settings (`ALLOCATOR`). The detector's region features
+are given, as they are cached in training, and the knowledge encoder is frozen, as `PAPER_SIZE` has it.
 """
 import json
 import os
@@ -33,29 +31,30 @@ def tokenizer():
     return tok
 
 
-def ours(objective: str):
-    "(parameters, step function returning the loss) of our model at paper size."
+def ours(objective: str, n: int = BATCH, device: str = 'cpu'):
+    "(model, step function returning the loss) of our model at paper size, on `n` samples."
     import torch
 
     from gk_mvlp.data.knowledge import ENTITIES
     from gk_mvlp.models.gk_mvlp import GKMVLP, PAPER_SIZE, ModelConfig
     tok = tokenizer()
     config = ModelConfig(objective=objective, **PAPER_SIZE | dict(image_checkpoint='', text_encoder='', max_length=TOKENS))
-    model = GKMVLP(config, tok).train()
+    model = GKMVLP(config, tok).train().to(device)
     g = torch.Generator().manual_seed(0)
-    xy = torch.rand(BATCH, 29, 2, generator=g) * .5
-    ids = torch.randint(10, VOCAB, (BATCH, TOKENS), generator=g); ids[:, 0], ids[:, -1] = tok.cls_token_id, tok.sep_token_id
-    batch = {'images': torch.randn(BATCH, 1, 224, 224, generator=g), 'input_ids': ids, 'attention_mask': torch.ones_like(ids),
-             'report_key': torch.arange(BATCH), 'study_key': torch.arange(BATCH),
-             'region_boxes': torch.cat([xy, xy + .3], -1), 'region_valid': torch.ones(BATCH, 29, dtype=torch.bool),
-             'region_features': torch.randn(BATCH, 29, config.detector_dim, generator=g),
-             'entities': torch.randint(-1, 2, (BATCH, len(ENTITIES)), generator=g).float(),
-             'relations': torch.zeros(BATCH, 29, len(ENTITIES))}
+    xy = torch.rand(n, 29, 2, generator=g) * .5
+    ids = torch.randint(10, VOCAB, (n, TOKENS), generator=g); ids[:, 0], ids[:, -1] = tok.cls_token_id, tok.sep_token_id
+    batch = {'images': torch.randn(n, 1, 224, 224, generator=g), 'input_ids': ids, 'attention_mask': torch.ones_like(ids),
+             'report_key': torch.arange(n), 'study_key': torch.arange(n),
+             'region_boxes': torch.cat([xy, xy + .3], -1), 'region_valid': torch.ones(n, 29, dtype=torch.bool),
+             'region_features': torch.randn(n, 29, config.detector_dim, generator=g),
+             'entities': torch.randint(-1, 2, (n, len(ENTITIES)), generator=g).float(),
+             'relations': torch.zeros(n, 29, len(ENTITIES))}
+    batch = {k: v.to(device) for k, v in batch.items()}
     return model, lambda: model(batch)['loss']
 
 
 def coca():
-    "(parameters, step function) of open_clip's CoCa ViT-B/16 size with its own loss."
+    "(model, step function) of open_clip's CoCa ViT-B/16 size with its own loss."
     import open_clip
     import torch
     from open_clip.loss import CoCaLoss

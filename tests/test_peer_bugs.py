@@ -1,6 +1,5 @@
 """One test for each fault in published code of this field that concerns an evaluator or a data path, showing that this project does not
-have it.
-Elsewhere: the detection metric that skips failures (test_detection), doctored references (test_text)."""
+have it. Elsewhere: the detection metric that skips failures (test_detection), doctored references (test_text)."""
 import inspect
 from dataclasses import replace
 

@@ -180,8 +180,8 @@ def check_lungs(detector: RegionDetector, data: str, size: int) -> pd.DataFrame 
     masks of other patients; these may be looked at to choose the detector's training.
 
     iou of the detector; constant_iou of the leave-one-out median box; steady_iou of the detector without the mean error of the other
-    pictures: what is left when all boxes are wrong in the same way;
-    error_x0 ... error_y1: found minus true, in widths of the square; patient, for resampling."""
+    pictures: what is left when all boxes are wrong in the same way; error_x0 ... error_y1: found minus true, in widths of the square;
+    patient, for resampling."""
     try: root = data_root(data or None, ('covid_chestxray',))
     except GKError: return None
     studies = load_dataset('covid_chestxray', root, cache_dir=cache_dir())

@@ -111,8 +111,7 @@ def detect_regions(detector, # RegionDetector
                    features: bool = True # False: boxes, validity and scores only
                    ) -> dict[str, Tensor]:
     """region_boxes [N, 29, 4], region_valid [N, 29], region_scores [N, 29], region_features float16 [N, 29, C]; read from `cache_dir` if
-    they are there.
-    A `GKError` if they cannot be written there."""
+    they are there. A `GKError` if they cannot be written there."""
     path = None if cache_dir is None else Path(cache_dir)/f'regions-{_key(detector, images)}.npz'
     if path is not None and (kept := _read_regions(path, features)): return kept
     parts, room, at = [], None, 0
@@ -194,10 +193,9 @@ class StudySet(Dataset):
 # %% ../../nbs/training/29_batches.ipynb #6e71e3b1
 @patch
 def __getitem__(self: StudySet, index: Sequence[int]) -> dict[str, Tensor]:
-    """images float [B, 1, S, S]; region_boxes [B, 29, 4], region_valid [B, 29] and, from a detector, region_scores [B, 29],
-    region_features float [B, 29, C];
-    with a tokenizer input_ids, attention_mask [B, T], report_key, study_key [B], entities [B, E], relations [B, 29, E], oracle_prompts
-    [B, P]; with targets, targets [B, C]."""
+    """images float [B, 1, S, S]; region_boxes [B, 29, 4], region_valid [B, 29] and, from a detector, region_scores [B, 29], region_features
+    float [B, 29, C]; with a tokenizer input_ids, attention_mask [B, T], report_key, study_key [B], entities [B, E], relations [B, 29,
+    E], oracle_prompts [B, P]; with targets, targets [B, C]."""
     i = torch.as_tensor(index).reshape(-1)
     b = {k: v[i] for k, v in self.fields.items()} | {'images': to_float(self.images[i])}
     if 'region_features' in b: b['region_features'] = b['region_features'].float()

@@ -435,8 +435,8 @@ class Trainer(_EpochEnds):
     """Trains `model` with `loss_fn` on `train_set`; see `_State` for the arguments and `fit` for what happens.
 
     Runs on a CPU or one GPU; several processes through accelerate's launcher (data parallel, or sharded with `shard`; two on a CPU give
-    the weights of one with the whole batch).
-    The logged losses are the main process's own; every process evaluates the whole validation set."""
+    the weights of one with the whole batch). The logged losses are the main process's own; every process evaluates the whole validation
+    set."""
     def fit(self) -> pd.DataFrame:
         """Train to the end, or from `last.ckpt` to the end. Returns the history, one row an epoch; the model then holds the best (or
         last) weights."""
