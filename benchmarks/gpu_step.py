@@ -3,8 +3,7 @@
 `gk` and `itc_itm_lm` in bf16, forward, backward and AdamW, as `pretrain_step` builds them; the batch doubles until the memory is full.
 MFU counts three forward passes' worth of FLOPs a sample (docs/scaling.md) against the card's peak in dense bf16: from its data sheet
 (`PEAK`) or `--peak TFLOPS`. `matmul_tflops` is what one large product reaches there in the same run, which no model can beat.
-`--compile` times the
-model under `torch.compile` as well. Without a GPU nothing is measured, and earlier results stay.
+`--compile` times the model under `torch.compile` as well. Without a GPU nothing is measured, and earlier results stay.
 """
 import argparse
 import sys
