@@ -4,10 +4,11 @@
 # Called by `gk-mvlp paper`. Settings are plain params, so that Snakemake sees when they change. Checkpoints are not declared as
 # outputs, because outputs of a failed job are deleted and a resumed job needs them.
 import json
+from dataclasses import asdict
 
 from snakemake.scheduling.job_scheduler import JobScheduler
 
-from gk_mvlp.config import load_preset
+from gk_mvlp.config import finetune_section, load_preset
 from gk_mvlp.study.launch import classification_jobs, pretrained, probing_jobs, task_jobs
 from gk_mvlp.study.run import STAGE_PACKAGES, code_hash
 from gk_mvlp.study.variants import method_settings
@@ -21,6 +22,7 @@ JobScheduler._schedule_reevalutation = lambda self, delay: None
 PRESET, DATA = config["preset"], config.get("data") or ""     # "data=" on the command line arrives as None
 RUNS, RESULTS = config["runs"], config["results"]
 P = load_preset(PRESET)
+SETTINGS = asdict(P)
 DETECTOR = f"{RUNS}/detector"
 # as a param: as inputs, sixty files would be looked at again for every waiting job whenever one ends
 CODE = {k: code_hash(k) for k in STAGE_PACKAGES}
@@ -39,10 +41,6 @@ def settings_of(method):
     "What a variant changes, as notebook parameters."
     overrides = method_settings(P, method)[1]
     return {"overrides": overrides} if overrides else {}
-
-def finetune_of(task):
-    "How a task trains."
-    return P.finetune | P.task_finetune.get(task, {})
 
 def model_of(w):
     "The folder of a method's pre-trained model; '' for a method without pre-training."
@@ -85,7 +83,7 @@ rule classification:
         label=lambda w: f"classification of {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
         p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR,
                           checkpoint=model_of(w)),
-        settings=lambda w: json.dumps([P.data, P.model, finetune_of("classification"), P.dataset_options.get(w.dataset),
+        settings=lambda w: json.dumps([P.data, P.model, finetune_section(SETTINGS, "classification"), P.dataset_options.get(w.dataset),
                                        P.classes.get(w.dataset)])
     shell: RUN
 
@@ -101,8 +99,8 @@ rule task:
         label=lambda w: f"{w.task} on {w.dataset}, {w.method}, {w.ratio} %, seed {w.seed}",
         p=lambda w: given(dataset=w.dataset, method=w.method, ratio=float(w.ratio), seed=int(w.seed), detector=DETECTOR,
                           checkpoint=model_of(w)),
-        settings=lambda w: json.dumps([P.data, P.model, finetune_of(w.task), P.localization, P.generation, P.dataset_options.get(w.dataset),
-                                       P.classes.get(w.dataset)])
+        settings=lambda w: json.dumps([P.data, P.model, finetune_section(SETTINGS, w.task), P.localization, P.generation,
+                                       P.dataset_options.get(w.dataset), P.classes.get(w.dataset)])
     shell: RUN
 
 rule probing:

@@ -11,8 +11,8 @@ import time
 
 import torch
 from common import write
+from costs import counted
 from pretrain_step import ours
-from torch.utils.flop_counter import FlopCounterMode
 
 # dense bf16, in TFLOP/s, from NVIDIA's data sheets; the first name that occurs in the card's counts
 PEAK = {'H200': 989, 'H100 PCIe': 756, 'H100': 989, 'A100': 312, 'A40': 150, 'L40S': 362, 'L40': 181, 'L4': 121, 'A10G': 70, 'A10': 125,
@@ -39,7 +39,7 @@ def measure(objective: str, n: int, device: str, steps: int, compiled: bool = Fa
     "images_per_s, gflops of a step per sample, and the peak of the device's memory in GB, with a batch of `n`."
     torch.manual_seed(0)
     model, loss = ours(objective, n, device)
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16), FlopCounterMode(display=False) as counter: loss()
+    with torch.autocast(device, torch.bfloat16): flops = counted(loss).get_total_flops()
     if compiled: model.forward = torch.compile(model.forward)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5, fused=True)
     def step():
@@ -49,7 +49,7 @@ def measure(objective: str, n: int, device: str, steps: int, compiled: bool = Fa
     if device == 'cuda': torch.cuda.reset_peak_memory_stats()
     rate = n / seconds(step, device, steps)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == 'cuda' else float('nan')
-    return {'images_per_s': rate, 'gflops': 3 * counter.get_total_flops() / n / 1e9, 'peak_gb': peak}
+    return {'images_per_s': rate, 'gflops': 3 * flops / n / 1e9, 'peak_gb': peak}
 
 
 def main(argv: list[str]) -> int:

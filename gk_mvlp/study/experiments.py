@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import send_to_device
 from fastcore.basics import patch
 
-from ..config import from_params
+from ..config import finetune_section, from_params
 from ..data.anatomy import REGION_INDEX
 from ..data.covid_chestxray import read_mask_boxes
 from ..data.registry import data_fingerprint, load_dataset
@@ -50,8 +50,8 @@ def train_config(section: dict, where: str, seed: int) -> tuple[TrainConfig, flo
     return from_params(TrainConfig, section | {'seed': seed}, f'preset, section {where}'), strength
 
 def finetune_config(settings: dict, task: str, seed: int) -> tuple[TrainConfig, float]:
-    "`train_config` of a task's fine-tuning: the preset's `finetune` with what `task_finetune` says of the task."
-    return train_config(settings['finetune'] | settings['task_finetune'].get(task, {}), f'finetune of {task}', seed)
+    "`train_config` of a task's fine-tuning."
+    return train_config(finetune_section(settings, task), f'finetune of {task}', seed)
 
 def pretrain_configs(settings: dict, objective: str, seed: int) -> tuple[ModelConfig, TrainConfig, float]:
     "Model, training and augmentation of a pre-training."

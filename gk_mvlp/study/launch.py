@@ -19,11 +19,12 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 
-from ..config import Preset, from_params, load_preset, merge
+from ..config import Preset, finetune_section, from_params, load_preset, merge
 from ..paths import GKError, data_root, project_root, read_text, results_dir, runs_dir
 from .report_parts import section
 from .variants import variants
@@ -127,16 +128,16 @@ def check_preset(p: Preset) -> None:
     from_params(PhantomConfig, p.data, 'preset, section data')
     from_params(ModelConfig, p.model, 'preset, section model')
     detector_configs({'detector': p.detector}, 0)
-    for where, d in (('pretrain', p.pretrain), ('finetune', p.finetune),
-                     *((f'task_finetune.{t}', p.finetune | d) for t, d in p.task_finetune.items())):
-        train_config(d, where, 0)
+    for where, d in (('pretrain', p.pretrain), ('finetune', p.finetune)): train_config(d, where, 0)
+    trained = ('classification', *(t for t in TASKS if t != 'zero_shot'))
+    for t in p.task_finetune:
+        if t not in trained: raise GKError(f'preset: task_finetune of {t!r}, which trains nothing', f'Use: {", ".join(trained)}.')
+        train_config(finetune_section(asdict(p), t), f'task_finetune.{t}', 0)
     from_params(LocalizationConfig, p.localization, 'preset, section localization')
     from_params(GenerationConfig, p.generation, 'preset, section generation')
     for t in p.tasks:
         if t not in TASKS: raise GKError(f'preset: unknown task {t!r}', f'Use: {", ".join(TASKS)}.')
-    for t in p.task_finetune:
-        if t not in (trained := ('classification', *(t for t in TASKS if t != 'zero_shot'))):
-            raise GKError(f'preset: task_finetune of {t!r}, which trains nothing', f'Use: {", ".join(trained)}.')
+
     for m in (*p.methods, *p.task_methods):
         if m != 'pixels' and m not in OBJECTIVES: raise GKError(f'preset: unknown method {m!r}', f'Use: pixels, {", ".join(OBJECTIVES)}.')
     if other := [s for s in p.task_seeds if s not in p.seeds]:
