@@ -5,7 +5,7 @@ import os
 import re
 import tracemalloc
 import types
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gk_mvlp.config import load_preset
+from gk_mvlp.config import finetune_section, load_preset
 from gk_mvlp.data import registry
 from gk_mvlp.data.registry import load_dataset, picture_hashes
 from gk_mvlp.data.study import FindingBox, Study
@@ -336,7 +336,7 @@ def test_boxes_are_found_under_the_label_of_the_data_set(nih, checkpoint, tmp_pa
 def snakemake_settings() -> dict[str, str]:
     "{rule: its expression of settings}."
     text = (ROOT/'Snakefile').read_text()
-    return {m[1]: m[2] for m in re.finditer(r'^rule (\w+):(?:(?!^rule )[\s\S])*?\bsettings=(.+)$', text, re.M)}
+    return {m[1]: m[2] for m in re.finditer(r'^rule (\w+):(?:(?!^rule )[\s\S])*?\bsettings=([\s\S]+?)\n    \w+:', text, re.M)}
 
 
 def test_every_rule_sees_its_data_sets_options_and_labels():
@@ -344,11 +344,15 @@ def test_every_rule_sees_its_data_sets_options_and_labels():
     found = snakemake_settings()
     assert set(found) == {'detector', 'pretrain', 'classification', 'task', 'probing'}
     def value(text, preset):
-        v = eval(text, {'json': json, 'P': preset})
-        return v(types.SimpleNamespace(dataset='d')) if callable(v) else v
+        v = eval(text, {'json': json, 'P': preset, 'SETTINGS': asdict(preset), 'finetune_section': finetune_section})
+        return v(types.SimpleNamespace(dataset='d', task='vqa')) if callable(v) else v
     for rule, text in found.items():
         other = lambda **k: value(text, replace(p, **k))
         assert other(dataset_options={'d': {'variant': 'original'}}) != value(text, p), f'{rule} does not see dataset_options'
         assert other(dataset_options={'e': {'variant': 'original'}}) == value(text, p), (
             f'{rule} is run again for options of another data set')
         if rule not in ('detector', 'pretrain'): assert other(classes={'d': ['mass']}) != value(text, p), f'{rule} does not see classes'
+        trains = {'classification': 'classification', 'task': 'vqa'}.get(rule)
+        for task in ('classification', 'vqa', 'localization'):
+            seen = other(task_finetune={task: {'lr': .01}}) != value(text, p)
+            assert seen == (task == trains), f'{rule}, {task}: how a task trains concerns its own runs alone'

@@ -34,7 +34,9 @@ def served(tmp_path_factory):
     "A server without preloaded modules (they take seconds and change nothing here), and a folder with a job."
     d = tmp_path_factory.mktemp('warm')
     (d/'gk_test_job.py').write_text(JOB)
-    code = f'from gk_mvlp.study import warm; warm.PRELOAD = (); warm.serve({str(d/"s")!r})'
+    (d/'library').write_text('as it was')                     # other tests' work on the real one must not disturb these
+    code = (f'from pathlib import Path; from gk_mvlp.study import warm; warm.PRELOAD = (); '
+            f'warm.library_state = Path({str(d/"library")!r}).read_text; warm.serve({str(d/"s")!r})')
     server = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE)
     until = time.monotonic() + 60
     while not (d/'s').exists() and time.monotonic() < until: time.sleep(.05)
@@ -115,15 +117,27 @@ def test_without_a_server_or_with_a_changed_library_the_client_becomes_the_proce
         p = subprocess.Popen(warm.client_command(['gk_test_job', 'exit', '4']), env=e, cwd=d, stdout=subprocess.PIPE, text=True)
         out, _ = p.communicate(timeout=60)
         assert p.returncode == 4 and int(out.split()[1]) == p.pid, 'the same process'
-    file = Path(warm.__file__)
-    was = file.stat()
     try:
-        os.utime(file)
+        (d/'library').write_text('changed')
         p = start(served, 'exit', '4')
         assert int(p.communicate(timeout=60)[0].split()[1]) == p.pid
-    finally: os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+    finally: (d/'library').write_text('as it was')
     p = start(served, 'exit', '4')
     assert int(p.communicate(timeout=60)[0].split()[1]) != p.pid
+
+
+def test_library_state_is_what_the_files_say(tmp_path, monkeypatch):
+    for name in ('study/warm.py', 'models/gk.py'):
+        (tmp_path/name).parent.mkdir()
+        (tmp_path/name).write_text('x = 1\n')
+    monkeypatch.setattr(warm, '__file__', str(tmp_path/'study/warm.py'))
+    was = warm.library_state()
+    os.utime(tmp_path/'models/gk.py', (1, 1))
+    assert warm.library_state() == was, 'a file that was only written anew'
+    (tmp_path/'models/gk.py').write_text('x = 2\n')
+    assert warm.library_state() != was
+    (tmp_path/'models/gk.py').unlink()
+    assert len(warm.library_state()) == 1
 
 
 def test_the_server_serves_on_after_nonsense(served):

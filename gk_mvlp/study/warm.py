@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -107,8 +108,8 @@ PRELOAD = ('gk_mvlp.study.run', 'gk_mvlp.study.task_runs', 'gk_mvlp.study.probin
            'tabulate')
 
 def library_state() -> list[tuple[str, int]]:
-    "Names and times of the library's files."
-    return sorted((str(f), f.stat().st_mtime_ns) for f in Path(__file__).resolve().parents[1].rglob('*.py'))
+    "Names and checksums of the library's files; a file that was only written anew is no change."
+    return sorted((str(f), zlib.crc32(f.read_bytes())) for f in Path(__file__).resolve().parents[1].rglob('*.py'))
 
 def serve(address: str) -> None:
     "Import `PRELOAD`, then fork for every client until standard input is closed."
