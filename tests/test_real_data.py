@@ -356,3 +356,14 @@ def test_every_rule_sees_its_data_sets_options_and_labels():
         for task in ('classification', 'vqa', 'localization'):
             seen = other(task_finetune={task: {'lr': .01}}) != value(text, p)
             assert seen == (task == trains), f'{rule}, {task}: how a task trains concerns its own runs alone'
+
+
+@pytest.mark.parametrize('objective, writes', [('itc', False), ('itc_itm_lm', True)])
+def test_only_a_decoder_that_was_taught_writes_reports(phantoms, tmp_path, objective, writes):
+    torch.manual_seed(0)
+    c = ModelConfig(objective=objective, image_size=64, dim=32, image_depth=1, text_depth=1, encoder_depth=1, decoder_depth=1, embed_dim=32,
+                    heads=2, max_length=24)
+    model = GKMVLP(c, train_tokenizer([s.report for s in phantoms], 300)).save_pretrained(tmp_path/'model')
+    r = task_runs.TaskRun('zero_shot', phantoms, 'phantom', objective, 100., 0, SETTINGS, checkpoint=str(model))
+    run_probing(Probing(r, ProbeConfig(detailed=(), jitter=(), drop=(), swap=()), [100.]), tmp_path)
+    assert (tmp_path/'predictions.parquet').is_file() and (tmp_path/'reports.parquet').is_file() == writes

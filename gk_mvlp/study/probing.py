@@ -23,7 +23,7 @@ from ..evaluation.metrics import macro
 from ..evaluation.relations import relation_frame, relation_pairs
 from ..evaluation.subgroups import area_frame, group_frame
 from ..evaluation.text import report_frame
-from ..models.gk_mvlp import GKMVLP
+from ..models.gk_mvlp import OBJECTIVES, GKMVLP
 from ..paths import GKError
 from .experiments import cache_dir, regions_read, scores_by_class
 from .task_runs import TaskRun, boxed_entities, entity_labels
@@ -187,7 +187,7 @@ def probe_maps(p: Probing) -> pd.DataFrame | None:
         if p.model.config.mapped:
             maps |= {(p.r.method, f'attention{c and "_" + c}'): zero_shot.attention_maps(p.model, p.data[k], names, c)
                      for c in (('', 'null', 'shuffled') if p.detailed else ('',))}
-        if p.r.method == p.config.detailed[0]:
+        if p.r.method in p.config.detailed[:1]:
             maps |= {(c, c): prior_maps(c, names, grid, len(part[k]), boxes['train']) for c in ('uniform', 'centre', 'train_prior')}
         rows += [map_frame(part[k], boxes[k], m, names, method=a, protocol=b) for (a, b), m in maps.items()]
     return pd.concat(rows, ignore_index=True)
@@ -200,7 +200,7 @@ def run_probing(p: Probing, run: Path) -> pd.DataFrame:
     areas = area_frame(studies).replace({'label': label_of})
     rate = pd.DataFrame({'label': p.names, 'prevalence': np.nanmean(p.y['train'], 0)})
     files = {'prevalence': rate, 'groups': group_frame(studies), 'areas': areas, 'relations': probe_relations(p), 'maps': probe_maps(p)}
-    if p.config.reports and p.reports:
+    if p.config.reports and p.reports and 'lm' in OBJECTIVES[p.model.config.objective]:   # else no one taught the decoder
         how = from_params(GenerationConfig, p.r.settings.get('generation', {}) | {'beams': 1, 'scorers': ()}, 'preset, section generation')
         written = ReportGenerator(p.model, 'gk' if p.model.config.gk else 'image').write(p.data['test'], how)
         files['reports'] = report_frame(p.r.part['test'], written, method=p.r.method, protocol='pretrained')
