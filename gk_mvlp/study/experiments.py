@@ -254,13 +254,13 @@ def health_table(health: dict) -> pd.DataFrame:
     return pd.DataFrame(health).T.rename_axis('loss')
 
 def pretrain_metrics(history: pd.DataFrame, health: dict, train: StudySet, val: StudySet, model: GKMVLP) -> dict:
-    """Flat metrics of a pre-training: losses (`<loss>_expected` is the value of a model that knows nothing), speed, `parameters` =
-    number of trained weights."""
+    """Flat metrics of a pre-training: losses (`<loss>_expected` is the value of a model that knows nothing), speed, `reports_cut` =
+    share of training reports longer than the model reads, `parameters` = number of trained weights."""
     out = ({f'{k}_{f}': v[f] for k, v in health.items() for f in ('start', 'end', 'verdict')}
            | {f'{k}_expected': v['expected_start'] for k, v in health.items()})
     trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
     return out | {'epochs': int(history['epoch'].max()), 'images_per_s': float(history['images_per_s'].median()), 'n_train': len(train),
-                  'n_val': len(val), 'parameters': trained}
+                  'n_val': len(val), 'reports_cut': train.cut, 'parameters': trained}
 
 # %% ../../nbs/study/61_experiments.ipynb #97ec5e8f
 def plot_history(history: pd.DataFrame, health: dict) -> plt.Figure:

@@ -157,7 +157,7 @@ def describe_regions(detector, # RegionDetector
 
 # %% ../../nbs/training/29_batches.ipynb #6ad59404
 class StudySet(Dataset):
-    "Studies as tensors. `data[list of indices]` is a batch; see `__getitem__` for its fields."
+    "Studies as tensors. `data[list of indices]` is a batch; see `__getitem__` for its fields. `cut`: share of reports over `max_length`."
     def __init__(self, studies: Sequence[Study],
                  tokenizer=None, # None: no reports (downstream tasks that need only pictures)
                  image_size: int = 64, max_length: int = 96,
@@ -217,6 +217,9 @@ def _add_texts(self: StudySet, tokenizer, max_length: int, max_prompts: int) -> 
     empty = [s.study_id for s in self.studies if not s.report.strip()]
     if empty: raise GKError(f'study {empty[0]!r} and {len(empty) - 1} more have no report', 'Pre-train on studies with a report.')
     enc = tokenizer([s.report for s in self.studies], padding=True, truncation=True, max_length=max_length, return_tensors='pt')
+    full = enc['attention_mask'].sum(1).eq(max_length).nonzero().flatten().tolist()
+    whole = tokenizer([self.studies[i].report for i in full], verbose=False)['input_ids'] if full else []
+    self.cut = sum(len(w) > max_length for w in whole) / len(self.studies)   # what they lose is their end, often the impression
     keys: dict[str, int] = {}
     number = lambda text: keys.setdefault(' '.join(text.lower().split()), len(keys))
     book, oracle = prompt_book()[1], torch.full((len(self.studies), max_prompts), -1)
