@@ -2,6 +2,7 @@
 import json
 import multiprocessing as mp
 import os
+import re
 from dataclasses import asdict, fields, replace
 
 import numpy as np
@@ -251,7 +252,7 @@ def test_no_finding_is_given_away_by_coarse_pixels():
 # ---- difficulty ----
 def test_difficulty_is_reachable_from_a_preset(tmp_path):
     hard = {'severity': [.1, .4], 'contrast': .8, 'noise': 1.5, 'clutter': 2., 'label_noise': .2, 'hedging': .3, 'boilerplate': .9,
-            'normal': .2, 'ap': .6, 'two_studies': .1, 'women': .4, 'train_women': .1, 'splits': [.6, .2, .2], 'n': 9, 'size': 32,
+            'systematic': .5, 'normal': .2, 'ap': .6, 'two_studies': .1, 'women': .4, 'train_women': .1, 'splits': [.6, .2, .2], 'n': 9, 'size': 32,
             'seed': 4}
     assert set(hard) == {f.name for f in fields(PhantomConfig)}, 'a new field belongs here'
     config = from_params(PhantomConfig, hard, 'preset, section data')
@@ -277,6 +278,25 @@ def test_report_settings_do_what_they_say():
                                     count(label_noise=0., hedging=.5, boilerplate=0.), count(label_noise=0., hedging=0., boilerplate=1.))
     assert (base[0] == base[1] == 0 and missed[0] > .25 and missed[1] == 0 and doubted[1] > .25 and doubted[0] == 0
             and wordy[2] > base[2] + 10)
+
+def test_a_systematic_report_goes_from_lungs_to_bones():
+    made = lambda share: [make_study(replace(CONFIG, n=60, size=32, normal=0., systematic=share), i) for i in range(60)]
+    findings = lambda s: s.report.split(' IMPRESSION')[0].removeprefix('FINDINGS: ')
+    parts = (r'Pulmonary v|pulmonary v|ungs are clear|lung fields', r'Heart size is|heart is (not|normal)|Cardiomediastinal|The cardi',
+             r'ribs are|Osseous|Bony|bones are', r'The (trachea|hila|soft tissues|hemidiaphragms|aorta)')
+    def in_order(studies):
+        "Of two neighbouring parts that a report speaks of: the share in which the earlier one comes first."
+        at = [[m and m.start() for m in (re.search(p, findings(s)) for p in parts)] for s in studies]
+        found = [a < b for x in at for a, b in zip(x, x[1:]) if a is not None and b is not None]
+        assert len(found) > 20
+        return np.mean(found)
+    plain, half, systematic = made(0.), made(.5), made(1.)
+    assert in_order(plain) < .8 and in_order(systematic) == 1
+    sentences = lambda s: sorted(findings(s).removesuffix('.').split('. '))
+    for other in (half, systematic):
+        for a, b in zip(plain, other, strict=True):
+            assert np.array_equal(a.image, b.image) and a.labels == b.labels and sentences(a) == sentences(b), 'sentences only move'
+    assert .25 < np.mean([findings(a) != findings(b) for a, b in zip(plain, half, strict=True)]) < .75
 
 def test_duplicate_reports_stay_rare_in_a_large_set():
     config = PhantomConfig(n=2500, size=32, seed=1)

@@ -51,10 +51,12 @@ class PhantomConfig:
     label_noise: float = .06      # chance that the report misses a finding or doubts one that is not there
     hedging: float = .12          # chance that a finding is reported in doubtful words
     boilerplate: float = .5       # chance of each kind of sentence that says nothing about the picture
+    systematic: float = 0.        # share of reports in a reader's order (devices, lungs, pleura, heart, bones); the others have none
     splits: tuple[float, float, float] = (.7, .1, .2) # train, val, test, by patient
 
     def __post_init__(self):
-        for k in ('two_studies', 'normal', 'ap', 'women', 'train_women', 'label_noise', 'hedging', 'boilerplate'):
+        for k in ('two_studies', 'normal', 'ap', 'women', 'train_women', 'label_noise', 'hedging', 'boilerplate',
+                  'systematic'):
             if getattr(self, k) is not None and not 0 <= getattr(self, k) <= 1:
                 raise GKError(f'PhantomConfig.{k} = {getattr(self, k)!r} is not in 0..1', 'It is a share.')
         for k in ('contrast', 'noise', 'clutter'):
@@ -1058,6 +1060,14 @@ def _empty(kind: str, body: Body, rng: np.random.Generator) -> Statement:
                                                     t=f'{int(rng.integers(7, 19))}:{int(rng.integers(60)):02d}',
                                                     n=_one(rng, 'ABCDEFGHKLMNPRST')))
 
+_SEARCH = (('support device',), ('hyperinflation', 'lung opacity', 'consolidation', 'pneumonia', 'atelectasis', 'pulmonary edema', 'fibrosis',
+           'mass', 'nodule', 'granuloma'), ('pleural effusion', 'pleural thickening', 'pneumothorax'),
+           ('cardiomegaly', 'mediastinal widening', 'hiatal hernia'), ('fracture',))
+
+def _place_in_report(s: Statement) -> int:
+    "Where a systematic reader says it: by the part of the chest it speaks of first; what speaks of none comes last."
+    return next((k for e in s.entities for k, part in enumerate(_SEARCH) if e in part), len(_SEARCH))
+
 # %% ../../nbs/data/14_phantom.ipynb #61492efd
 def write_report(config: PhantomConfig, body: Body, findings: list[Finding], labels: dict[str, int], rng: np.random.Generator) -> tuple[str,
         dict, dict]:
@@ -1078,6 +1088,7 @@ def write_report(config: PhantomConfig, body: Body, findings: list[Finding], lab
     negatives = _negatives([*findings, *(f for f in told if f not in findings)], labels, rng)
     extra = [_empty(k, body, rng) for k in ('comparison', 'technique', 'normal', 'normal') if rng.random() < config.boilerplate]
     order = [*main, *negatives, *extra]; order = [order[i] for i in rng.permutation(len(order))]
+    if config.systematic and rng.random() < config.systematic: order = sorted(order, key=_place_in_report)
     summary = [_say(f, rng, f.said) for f in told if rng.random() < .85]
     if not summary:
         summary = [Statement(_one(rng, ('No acute cardiopulmonary process.', 'No acute cardiopulmonary abnormality.',
