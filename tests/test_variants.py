@@ -425,6 +425,8 @@ def test_sentences_are_judged_by_what_they_state():
     parts, missed = judged_sentences('Left pleural effusion and a right pneumothorax. No mass. Normal trachea.',
                                      'Left pleural effusion. Small nodule.')
     assert [v for _, v in parts] == ['wrong', 'none', 'none'] and missed == ['nodule']
+    parts, _ = judged_sentences('1. The tip lies 4.1 cm above the carina. 2. Dr. C was notified at 13:25.', '')
+    assert [t for t, _ in parts] == ['1. The tip lies 4.1 cm above the carina.', '2. Dr. C was notified at 13:25.']
 
 
 # ---- the whole of it

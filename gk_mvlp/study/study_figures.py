@@ -110,7 +110,7 @@ def judged_sentences(text: str, reference: str) -> tuple[list[tuple[str, str]], 
     "([(sentence, 'right', 'wrong' or 'none')], findings missed). A sentence with a wrong finding is wrong, whatever else it states."
     truth = {e for e, v in extract_entities(reference).items() if v == 1}
     # the number of a list item ends no sentence
-    out, sentences = [], [s.strip() for s in re.split(r'(?<=[^\d\s]\.)\s+', text) if s.strip()]
+    out, sentences = [], [s.strip() for s in re.split(r'(?<=[^\d\s]\.)(?<!\b[Dd]r\.)\s+', text) if s.strip()]
     for s in sentences:
         said = {e for e, v in extract_entities(s).items() if v == 1}
         out.append((s, 'none' if not said else 'right' if said <= truth else 'wrong'))
