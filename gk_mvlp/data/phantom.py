@@ -1060,9 +1060,12 @@ def _empty(kind: str, body: Body, rng: np.random.Generator) -> Statement:
                                                     t=f'{int(rng.integers(7, 19))}:{int(rng.integers(60)):02d}',
                                                     n=_one(rng, 'ABCDEFGHKLMNPRST')))
 
-_SEARCH = (('support device',), ('hyperinflation', 'lung opacity', 'consolidation', 'pneumonia', 'atelectasis', 'pulmonary edema', 'fibrosis',
-           'mass', 'nodule', 'granuloma'), ('pleural effusion', 'pleural thickening', 'pneumothorax'),
-           ('cardiomegaly', 'mediastinal widening', 'hiatal hernia'), ('fracture',))
+_SEARCH = (('support device',),
+           ('hyperinflation', 'lung opacity', 'consolidation', 'pneumonia', 'atelectasis', 'pulmonary edema', 'fibrosis', 'mass', 'nodule',
+            'granuloma'),
+           ('pleural effusion', 'pleural thickening', 'pneumothorax'),
+           ('cardiomegaly', 'mediastinal widening', 'hiatal hernia'),
+           ('fracture',))
 
 def _place_in_report(s: Statement) -> int:
     "Where a systematic reader says it: by the part of the chest it speaks of first; what speaks of none comes last."
