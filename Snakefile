@@ -9,7 +9,7 @@ from dataclasses import asdict
 from snakemake.scheduling.job_scheduler import JobScheduler
 
 from gk_mvlp.config import finetune_section, load_preset
-from gk_mvlp.study.launch import classification_jobs, pretrained, probing_jobs, task_jobs
+from gk_mvlp.study.launch import classification_jobs, pretrained, probing_jobs, study_jobs, task_jobs
 from gk_mvlp.study.run import STAGE_PACKAGES, code_hash
 from gk_mvlp.study.variants import method_settings
 
@@ -49,8 +49,9 @@ def model_of(w):
 def needs_model(w):
     return [f"{RUNS}/pretrain/{w.method}-s{w.seed}/metrics.json"] if pretrained(w.method) else []
 
+# Every run is a target: results that came with the repository are no reason to run nothing, and a run that is gone is made again.
 rule all:
-    input: f"{RESULTS}/manifest.json"
+    input: f"{RESULTS}/manifest.json", [f"{RUNS}/{j}/metrics.json" for j in study_jobs(P)]
 
 rule detector:
     input: nb="nbs/experiments/70_detector.ipynb"

@@ -245,6 +245,24 @@ def test_what_runs_again_when_code_has_changed(study, tmp_path, stages, again):
     assert rules_again(study[0], tmp_path, CHANGED.format(stages=stages)) == again
 
 
+def test_results_that_came_with_the_repository_are_no_finished_study(study, tmp_path):
+    "Neither in a clone, whose files have any times, nor in an archive, whose files have one."
+    shutil.copytree(study[0]/'paper_results', tmp_path/'paper_results')
+    for newer in (1, -1):
+        for f in (tmp_path/'paper_results').rglob('*'): os.utime(f, (time.time() + newer * 1e5,) * 2)
+        assert rules_again(tmp_path, tmp_path, '') == RULES
+
+
+@pytest.mark.parametrize('job, again', [
+    ('classification/phantom-gk-r100-s0', {'classification', 'tables', 'study', 'figures', 'report', 'manifest'}),
+    ('figures', {'figures', 'report', 'manifest'})])
+def test_a_deleted_run_is_made_again(study, tmp_path, job, again):
+    gone = study[0]/'runs/smoke'/job/'metrics.json'
+    gone.rename(tmp_path/'kept')
+    try: assert rules_again(study[0], tmp_path, '') == again
+    finally: (tmp_path/'kept').rename(gone)
+
+
 OTHER = """
 import dataclasses
 from gk_mvlp import config
