@@ -99,6 +99,15 @@ def test_card_says_what_the_files_say(study):
     assert '0.555' not in results and '0.555' in groups.split('## Limits')[0] and '0.444' not in card
 
 
+@pytest.mark.parametrize('commit, dirty, said', [(None, None, 'Commit not known (no git clone), PyTorch 2.9'),
+                                                 ('a' * 40, False, f'Commit `{"a" * 12}`, PyTorch'),
+                                                 ('a' * 40, True, f'Commit `{"a" * 12}` with uncommitted changes, PyTorch')])
+def test_card_says_where_the_code_was(study, commit, dirty, said):
+    env = {'commit': commit, 'dirty': dirty, 'torch': '2.9', 'gpu': None, 'cpus': 2, 'seconds': 9.}
+    (study[0].parent/'env.json').write_text(json.dumps(env))
+    assert said in model_card(Predictor.from_pretrained(study[0]))
+
+
 def test_card_reads_the_tables_that_studies_write(root):
     "The committed study: every row has a value, and the groups of patients are told from the rest."
     t = study_results(root/'paper_results/mini/tables')

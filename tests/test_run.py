@@ -48,6 +48,16 @@ def test_a_good_run_leaves_everything(tmp_path):
     assert env['torch'] and env['seconds'] > 0 and 'commit' in env
 
 
+@pytest.mark.parametrize('without', ['git', 'clone'])
+def test_an_unpacked_archive_has_no_commit(tmp_path, monkeypatch, without):
+    if without == 'git': monkeypatch.setenv('PATH', str(tmp_path))
+    else:
+        monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
+        monkeypatch.setattr(R, 'project_root', lambda: tmp_path)
+    env = R.environment(1.)
+    assert env['commit'] is None and env['dirty'] is None and env['torch']
+
+
 def test_a_failed_run_is_kept_and_says_one_line(tmp_path):
     from gk_mvlp.study.run import main
     nb = notebook(tmp_path/'n.ipynb', 'from gk_mvlp.paths import GKError\nraise GKError("picture x.png: truncated", "Copy it again.")')

@@ -63,7 +63,8 @@ def _training(run: Path, preset: str) -> list[str]:
                'with the best validation loss is kept.')
     if (run/'env.json').is_file():
         env = json.loads(read_text(run/'env.json'))
-        out.append(f'- Commit `{env["commit"][:12]}`{" with uncommitted changes" if env["dirty"] else ""}, PyTorch {env["torch"]}, '
+        commit = f'Commit `{env["commit"][:12]}`' if env['commit'] else 'Commit not known (no git clone)'
+        out.append(f'- {commit}{" with uncommitted changes" if env["dirty"] else ""}, PyTorch {env["torch"]}, '
                    f'{env["gpu"] or str(env["cpus"]) + " CPU cores"}, {env["seconds"]:.0f} s.')
     names = [k.removesuffix('_verdict') for k in metrics if k.endswith('_verdict')]
     rows = pd.DataFrame({'loss': names, 'untrained, validation': [metrics[f'{k}_start'] for k in names],

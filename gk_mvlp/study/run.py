@@ -112,18 +112,19 @@ def _gpu_name() -> str | None:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 def environment(seconds: float | None = None) -> dict:
-    "Commit, versions, hardware and time, as env.json holds them."
+    "Commit (None where there is no git or no clone, as in an unpacked archive), versions, hardware and time, as env.json holds them."
     from importlib.metadata import PackageNotFoundError, version
     def git(*a):
-        r = subprocess.run(['git', '-C', str(project_root()), *a], capture_output=True, text=True)
-        return r.stdout.strip() if r.returncode == 0 else ''
+        try: r = subprocess.run(['git', '-C', str(project_root()), *a], capture_output=True, text=True)
+        except OSError: return None
+        return r.stdout.strip() if r.returncode == 0 else None
     def v(n):
         try: return version(n)
         except PackageNotFoundError: return None
     import psutil
     # what runs write is no change of the code
-    return {'commit': git('rev-parse', 'HEAD'),
-            'dirty': bool(git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!paper_results', ':!README.md')),
+    changed = git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!paper_results', ':!README.md')
+    return {'commit': git('rev-parse', 'HEAD'), 'dirty': None if changed is None else bool(changed),
             'python': platform.python_version(),
             **{n: v(n) for n in ('gk_mvlp', 'torch', 'torchvision', 'timm', 'transformers', 'accelerate', 'papermill', 'snakemake', 'numpy',
                                  'scikit-learn')},
