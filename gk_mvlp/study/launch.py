@@ -137,7 +137,6 @@ def check_preset(p: Preset) -> None:
     from_params(GenerationConfig, p.generation, 'preset, section generation')
     for t in p.tasks:
         if t not in TASKS: raise GKError(f'preset: unknown task {t!r}', f'Use: {", ".join(TASKS)}.')
-
     for m in (*p.methods, *p.task_methods):
         if m != 'pixels' and m not in OBJECTIVES: raise GKError(f'preset: unknown method {m!r}', f'Use: pixels, {", ".join(OBJECTIVES)}.')
     if other := [s for s in p.task_seeds if s not in p.seeds]:

@@ -217,9 +217,7 @@ def _add_texts(self: StudySet, tokenizer, max_length: int, max_prompts: int) -> 
     empty = [s.study_id for s in self.studies if not s.report.strip()]
     if empty: raise GKError(f'study {empty[0]!r} and {len(empty) - 1} more have no report', 'Pre-train on studies with a report.')
     enc = tokenizer([s.report for s in self.studies], padding=True, truncation=True, max_length=max_length, return_tensors='pt')
-    full = enc['attention_mask'].sum(1).eq(max_length).nonzero().flatten().tolist()
-    whole = tokenizer([self.studies[i].report for i in full], verbose=False)['input_ids'] if full else []
-    self.cut = sum(len(w) > max_length for w in whole) / len(self.studies)   # what they lose is their end, often the impression
+    self.cut = sum(bool(e.overflowing) for e in enc.encodings) / len(self.studies)   # what they lose is their end, often the impression
     keys: dict[str, int] = {}
     number = lambda text: keys.setdefault(' '.join(text.lower().split()), len(keys))
     book, oracle = prompt_book()[1], torch.full((len(self.studies), max_prompts), -1)
